@@ -1,0 +1,8 @@
+"""Ray job entry points. Each file is a script, a module (`python -m jobs.x`) and a function that the pipeline calls."""
+
+import os
+
+# An OpenMP thread that waits spins a little and then sleeps. By default it spins on, on the core of whatever else runs,
+# Ray's own processes among them: two threads on two busy cores are then four times slower, while sleeping at once costs
+# a quarter of the speed of an idle machine. Read when torch is loaded; means something to GNU's OpenMP only.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,0 +1,133 @@
+"""Measure the newest base checkpoint of a run: validation bits per byte beside n-gram baselines, CORE, samples.
+
+    python jobs/base_eval.py --run mine --eval_bundle /path/to/eval_bundle
+
+CORE needs `--eval_bundle`: a folder with core.yaml, eval_meta_data.csv and eval_data/, or another yaml file in it.
+Tasks whose file is absent are named and left out of the mean. Prompts are not cropped, as in nanochat.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import megacontext as mc
+from jobs import cli
+from jobs.stage import run_stage
+from megacontext.config import DataConfig, EvalConfig, RunConfig
+from megacontext.data.shards import ShardSet
+from megacontext.data.tokenizer import Tokenizer
+from megacontext.errors import CheckpointError
+from megacontext.eval.bpb import evaluate_bpb, shard_batches, validation_rows
+from megacontext.eval.core import evaluate_core
+from megacontext.eval.core_tasks import load_bundle
+from megacontext.eval.ngram import evaluate_ngrams
+from megacontext.eval.samples import continuations
+from megacontext.model.gpt import GPT
+from megacontext.train.checkpoint import latest_checkpoint
+from megacontext.train.worker import choose_device, prepare_process
+
+SECTIONS = [RunConfig, DataConfig, EvalConfig]
+STAGE = "base"
+
+Value = TypeVar("Value")
+
+
+def run(args: cli.Args) -> dict[str, Any]:
+    """Evaluate; flat metrics `base_eval/…`, and the samples as [prompt, continuation] pairs.
+
+    Raises CheckpointError when the run has no base checkpoint, DataError when shards or bundle are damaged or do not fit.
+    """
+    where = cli.paths(args)
+    path = latest_checkpoint(where.checkpoints_dir, STAGE)
+    if path is None:
+        raise CheckpointError(
+            f"run {args.run.run!r} has no base checkpoint in {where.checkpoints_dir}; train it first."
+        )
+    prepare_process(args.run.cpus_per_worker)
+    device = choose_device(args.run.device)
+    model, tokenizer = mc.load(path, dtype=args.run.dtype, device=str(device))
+    model.prepare_inference()
+    print(f"checkpoint {path}, {device}, {model.compute_dtype}", flush=True)
+    metrics: dict[str, Any] = {}
+    metrics |= _timed("bits per byte", lambda: bits_per_byte(model, tokenizer, args))
+    if args.eval.eval_bundle:
+        metrics |= _timed("CORE", lambda: core_metrics(model, tokenizer, args.eval))
+    else:
+        print("CORE: skipped, no --eval_bundle", flush=True)
+    samples = _timed("samples", lambda: continuations(model, tokenizer, args.eval.sample_tokens))
+    for sample in samples:
+        print(f"  {sample.prompt!r} -> {sample.continuation!r}", flush=True)
+    return metrics | {"base_eval/samples": [list(sample) for sample in samples]}
+
+
+def bits_per_byte(model: GPT, tokenizer: Tokenizer, args: cli.Args) -> dict[str, float]:
+    """Model, unigram and bigram on the same validation targets: the ones that training validates on."""
+    from jobs.prepare_data import token_dirs
+
+    train, val = (ShardSet.open(directory) for directory in token_dirs(args))
+    val.check_fits(
+        vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest, seq_len=model.config.sequence_len
+    )
+    rows = validation_rows(val, args.train.eval_tokens)
+    token_bytes = tokenizer.token_bytes()
+    batches = shard_batches(val, rows, args.train.device_batch_size, model.device)
+    ours = evaluate_bpb(model, batches, token_bytes.to(model.device))
+    grams = evaluate_ngrams(train, val, rows, token_bytes.numpy())
+    print(
+        f"bits per byte on {ours.tokens:,} validation tokens: model {ours.bpb:.4f}, bigram {grams.bigram.bpb:.4f}, "
+        f"unigram {grams.unigram.bpb:.4f} (n-grams from {grams.train_tokens:,} training tokens)",
+        flush=True,
+    )
+    return {
+        "base_eval/val_bpb": ours.bpb,
+        "base_eval/val_loss": ours.loss,
+        "base_eval/val_tokens": ours.tokens,
+        "base_eval/bigram_bpb": grams.bigram.bpb,
+        "base_eval/unigram_bpb": grams.unigram.bpb,
+        "base_eval/ngram_train_tokens": grams.train_tokens,
+    }
+
+
+def core_metrics(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
+    """CORE, its coverage, and per task the centred accuracy and the plain one."""
+    result = evaluate_core(
+        model,
+        tokenizer,
+        load_bundle(config.eval_bundle),
+        config.core_max_per_task,
+        say=lambda line: print(line, flush=True),
+    )
+    metrics = {
+        "base_eval/core": result.core,
+        "base_eval/core_tasks": len(result.tasks),
+        "base_eval/core_tasks_listed": len(result.tasks) + len(result.missing),
+    }
+    for task in result.tasks:
+        metrics[f"base_eval/core/{task.label}"] = task.centered
+        metrics[f"base_eval/core_accuracy/{task.label}"] = task.accuracy
+    return metrics
+
+
+def _timed(name: str, work: Callable[[], Value]) -> Value:
+    began = time.perf_counter()
+    result = work()
+    print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+    return result
+
+
+def main() -> None:
+    args = cli.parse(SECTIONS, __doc__)
+    cli.print_config(args, SECTIONS)
+    cli.finish(lambda: run_stage("base_eval", args, run))
+
+
+if __name__ == "__main__":
+    main()

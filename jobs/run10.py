@@ -1,0 +1,26 @@
+"""The pipeline on one GPU of your own or rented: python jobs/run10.py --gpu 5090|h100|cpu
+
+All flags of jobs/speedrun.py apply; --gpu chooses the tier.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jobs import cli
+from jobs.speedrun import SECTIONS, pipeline
+
+
+def main() -> None:
+    argv = ["--tier" if word == "--gpu" else word.replace("--gpu=", "--tier=", 1) for word in sys.argv[1:]]
+    args = cli.parse(SECTIONS, __doc__, ["--run", "run10", *argv])
+    cli.print_config(args, SECTIONS)
+    cli.finish(lambda: pipeline(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Every setting of a run, once: its default, its unit and what it does.
+
+Sections are frozen dataclasses; a job puts the sections it needs into its command line (`jobs/cli.py`).
+Tiers are overrides of these defaults and nothing else. Secrets are never settings: they come from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from megacontext.errors import UserError
+
+
+def flag(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def default_base_dir() -> str:
+    """`NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."""
+    return os.environ.get("NANOCHAT_BASE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "nanochat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of a GPT; the field names are those of nanochat's `model_config`, so its meta files load as they are."""
+
+    sequence_len: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"n_embd {self.n_embd} over n_head {self.n_head} heads must give an even whole head width; "
+                "choose a width that is a multiple of 2·n_head."
+            )
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def from_depth(
+        cls, depth: int, *, vocab_size: int, sequence_len: int, width: int = 0, n_kv_head: int = 0
+    ) -> GPTConfig:
+        """The one dial: width 64·depth unless given; heads of 128, of 64 below depth 4 or where 128 does not divide."""
+        n_embd = width or 64 * depth
+        head_dim = 128 if depth >= 4 and n_embd % 128 == 0 else 64
+        n_head = max(1, n_embd // head_dim)
+        return cls(
+            sequence_len=sequence_len,
+            vocab_size=vocab_size,
+            n_layer=depth,
+            n_head=n_head,
+            n_kv_head=n_kv_head or n_head,
+            n_embd=n_embd,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Who the run is, where it lives and what it runs on."""
+
+    run: str = flag("speedrun", "name of the run; the same name continues where it stopped")
+    tier: str = flag(
+        "auto",
+        "size preset; auto is cpu without a GPU, else by GPU",
+        ("auto", "cpu", "5090", "h100", "speedrun", "run1000"),
+    )
+    base_dir: str = flag("", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)")
+    storage: str = flag("", "folder or fsspec URI that holds runs (default: <base_dir>/runs)")
+    seed: int = flag(1337, "seed of initialization, data order and sampling")
+    num_workers: int = flag(0, "training processes; 0 is one per GPU of the cluster, or 1 without GPUs")
+    cpus_per_worker: int = flag(0, "CPU cores a training process may use; 0 shares the cores of the machine")
+    launcher: str = flag(
+        "ray", "who starts the training processes; local is this process (or torchrun's), without Ray", ("ray", "local")
+    )
+    max_failures: int = flag(3, "restarts of the worker group after a crash before the job gives up")
+    device: str = flag("auto", "where training runs", ("auto", "cpu", "cuda"))
+    dtype: str = flag(
+        "auto", "compute dtype; auto is bf16 where the hardware has it natively, else fp32", ("auto", "fp32", "bf16")
+    )
+    compile: str = flag("auto", "torch.compile; auto is on for GPUs, off on CPUs", ("auto", "on", "off"))
+    wandb: str = flag(
+        "auto",
+        "Weights & Biases; auto is online with WANDB_API_KEY set, else off",
+        ("auto", "online", "offline", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokenizer and token shards."""
+
+    data_dir: str = flag(
+        "",
+        "folder or fsspec URI of parquet shards with a `text` column, last shard = validation; empty: the tier's own data",
+    )
+    data_shards: int = flag(0, "training shards to download, in tiers that download")
+    vocab_size: int = flag(32768, "tokens in the vocabulary, the nine special ones included")
+    tok_max_chars: int = flag(2_000_000_000, "characters of text the tokenizer is trained on at most")
+    tok_doc_cap: int = flag(10_000, "characters taken of one document when training the tokenizer")
+    max_seq_len: int = flag(2048, "tokens of a training row, T; shards hold rows of T+1")
+    verify_shards: int = flag(1, "check every token shard's checksum before training (0 or 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The one dial and its few overrides."""
+
+    depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)")
+    width: int = flag(0, "model width; 0 derives it from depth")
+    n_kv_head: int = flag(0, "key/value heads; 0 is one per query head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Horizon, batch, optimizers and the habits of the loop. Defaults are nanochat's 2025 recipe."""
+
+    num_iterations: int = flag(
+        -1, "optimizer steps; -1: by target_flops, then max_minutes, then target_param_data_ratio"
+    )
+    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 is off")
+    max_minutes: float = flag(
+        -1.0, "size the horizon so that training takes about this long on this machine, in minutes; -1 is off"
+    )
+    target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
+    device_batch_size: int = flag(32, "rows per forward pass of one worker")
+    total_batch_size: int = flag(524288, "tokens per optimizer step over all workers")
+    embedding_lr: float = flag(0.2, "AdamW learning rate of the embedding at width 768")
+    unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head at width 768")
+    matrix_lr: float = flag(0.02, "Muon learning rate of the block matrices")
+    weight_decay: float = flag(0.0, "AdamW weight decay")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping")
+    warmup_ratio: float = flag(0.0, "share of the steps with a rising learning rate")
+    warmdown_ratio: float = flag(0.2, "share of the steps with a falling learning rate")
+    final_lr_frac: float = flag(0.0, "learning rate at the end, as a share of the peak")
+    eval_every: int = flag(250, "steps between validations; -1 validates at the end only")
+    eval_tokens: int = flag(20 * 524288, "tokens of one validation; all of them if there are fewer")
+    sample_every: int = flag(2000, "steps between printed samples; -1 samples at the end only")
+    save_every: int = flag(1000, "steps between checkpoints; -1 saves at the end only")
+    keep_checkpoints: int = flag(2, "newest checkpoints kept; the best by validation is kept as well")
+    log_every: int = flag(1, "steps between printed lines; metrics.jsonl has every step")
+    log_rows: int = flag(0, "write the ids of the rows of every step to rows/<stage>_rank<r>.jsonl (0 or 1)")
+    stream: str = flag(
+        "auto",
+        "how rows reach the workers: Ray Data, or a memory map of the same rows; auto is ray under Ray",
+        ("auto", "ray", "mmap"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured after training."""
+
+    eval_bundle: str = flag("", "folder with core.yaml, eval_meta_data.csv and eval_data/ for CORE; empty skips CORE")
+    core_max_per_task: int = flag(500, "items per CORE task; -1 is all")
+    sample_tokens: int = flag(32, "tokens of each printed sample")
+
+
+TIERS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": dict(depth=4, width=256, max_seq_len=512, vocab_size=8192, device_batch_size=8, total_batch_size=4096,
+                max_minutes=5.5, warmdown_ratio=0.5, eval_every=200, eval_tokens=65_536, sample_every=-1, save_every=100, log_every=10,
+                core_max_per_task=20),
+    "5090": dict(depth=12, device_batch_size=16, data_shards=110),
+    "h100": dict(depth=12, device_batch_size=32, data_shards=110),
+    "speedrun": dict(depth=20, device_batch_size=32, data_shards=240),
+    "run1000": dict(depth=32, device_batch_size=8, data_shards=800),
+}  # fmt: skip
+
+
+def from_flat(section: type[Any], values: Mapping[str, Any]) -> Any:
+    """Build one section from a flat mapping; keys of other sections are ignored."""
+    names = {f.name for f in fields(section)}
+    return replace(section(), **{name: value for name, value in values.items() if name in names})

@@ -1,0 +1,256 @@
+"""One parquet shard of text to token shards: tokenize on threads, pack, write; one input at a time, all of it resumable.
+
+The unit of work is an input file. Its output has names that follow from the input's, and a receipt written last, so
+any number of processes may binarize the inputs of a folder in any order, be killed, and be started again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megacontext import storage
+from megacontext.data import parquet
+from megacontext.data.packing import PackStats, pack_rows
+from megacontext.data.shards import VERSION, Manifest, ShardInfo, ids_dtype, write_shard
+from megacontext.data.stream import RowOrder
+from megacontext.errors import DataError, StorageError
+
+SHARD_BYTES = 128 << 20
+_TASK_CHARS = 1 << 18  # text of one tokenizer task: long enough to hide its dispatch, short enough to share out
+_TASKS_PER_THREAD = 4
+
+
+class Encoder(Protocol):
+    """What binarizing asks of a tokenizer; `Tokenizer` has it."""
+
+    vocab_size: int
+    bos_id: int
+
+    @property
+    def digest(self) -> str: ...
+
+    def encode_numpy(self, text: str) -> npt.NDArray[np.uint32]: ...
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of one input file: which input, by which tokenizer, into which shards, with which counts."""
+
+    input: str
+    input_bytes: int
+    tokenizer_digest: str
+    row_tokens: int
+    shards: tuple[ShardInfo, ...]
+    documents: int
+    whole_documents: int
+    tokens_in: int
+    tokens_kept: int
+    seconds: float
+
+
+def split_dir(tokens_dir: str, seq_len: int, tokenizer_digest: str, split: str) -> str:
+    """Folder of a split's token shards; another tokenizer or row length has another folder."""
+    return storage.join(tokens_dir, f"T{seq_len}-{tokenizer_digest[:12]}", split)
+
+
+def tokenize(texts: Iterable[Sequence[str]], tokenizer: Encoder, num_threads: int) -> Iterator[npt.NDArray[np.uint32]]:
+    """Ids of each text, in order, made by `num_threads` threads that stay a bounded distance ahead of the consumer."""
+
+    def encode(part: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        return [tokenizer.encode_numpy(text) for text in part]
+
+    running: deque[Future[list[npt.NDArray[np.uint32]]]] = deque()
+    pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="tokenize")
+    try:
+        for part in _parts(itertools.chain.from_iterable(texts)):
+            running.append(pool.submit(encode, part))
+            if len(running) >= _TASKS_PER_THREAD * max(1, num_threads):
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    chars = 0
+    for text in texts:
+        part.append(text)
+        chars += len(text)
+        if chars >= _TASK_CHARS:
+            yield part
+            part, chars = [], 0
+    if part:
+        yield part
+
+
+def binarize_file(
+    parquet_path: str,
+    out_prefix: str,
+    tokenizer: Encoder,
+    row_tokens: int,
+    num_threads: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int], None] | None = None,
+) -> Receipt:
+    """Tokenize and pack one parquet file into `{out_prefix}-00000.arrow`, …, then write `{out_prefix}.done.json`.
+
+    Memory stays at one row group of text, the packer's pool and one shard. Running it again gives the same bytes.
+
+    Args:
+        parquet_path: a file with a `text` column, local or fsspec URI.
+        out_prefix: folder and first part of the output names, local or fsspec URI.
+        tokenizer: gives ids; its BOS starts every row.
+        row_tokens: ids of a row, T+1.
+        num_threads: tokenizer threads.
+        shard_bytes: most bytes of one output file.
+        on_progress: called with the tokens written so far, after each block of rows.
+
+    Raises:
+        DataError: the input is damaged, or has less text than one row.
+        StorageError: the output cannot be written.
+    """
+    started = time.monotonic()
+    stats = PackStats()
+    documents = tokenize(parquet.read_texts(parquet_path), tokenizer, num_threads)
+    dtype = ids_dtype(tokenizer.vocab_size)
+    most_rows = max(1, shard_bytes // (row_tokens * dtype.itemsize))
+    blocks = pack_rows(documents, row_tokens, tokenizer.bos_id, stats, block_rows=min(1024, most_rows))
+    infos: list[ShardInfo] = []
+    for rows in _gather(blocks, most_rows, row_tokens, dtype, stats, on_progress):
+        infos.append(write_shard(f"{out_prefix}-{len(infos):05d}.arrow", {"ids": rows}))
+    receipt = Receipt(
+        input=_name(parquet_path),
+        input_bytes=_size(parquet_path),
+        tokenizer_digest=tokenizer.digest,
+        row_tokens=row_tokens,
+        shards=tuple(infos),
+        documents=stats.documents,
+        whole_documents=stats.whole_documents,
+        tokens_in=stats.tokens_in,
+        tokens_kept=stats.tokens_kept,
+        seconds=time.monotonic() - started,
+    )
+    storage.write_json(_receipt_path(out_prefix), asdict(receipt))
+    return receipt
+
+
+def _gather(
+    blocks: Iterable[npt.NDArray[np.uint32]],
+    most_rows: int,
+    row_tokens: int,
+    dtype: np.dtype[np.generic],
+    stats: PackStats,
+    on_progress: Callable[[int], None] | None,
+) -> Iterator[npt.NDArray[np.generic]]:
+    """Blocks of rows as arrays of at most `most_rows` rows, in the stored dtype."""
+    shard = np.empty((most_rows, row_tokens), dtype)  # pages are used only as far as rows arrive
+    filled = 0
+    for block in blocks:
+        while len(block):
+            taken = min(len(block), most_rows - filled)
+            shard[filled : filled + taken] = block[:taken]
+            block, filled = block[taken:], filled + taken
+            if filled == most_rows:
+                yield _shuffled(shard)
+                filled = 0
+        if on_progress is not None:
+            on_progress(stats.tokens_kept)
+    if filled:
+        yield _shuffled(shard[:filled])
+
+
+def _shuffled(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Rows in a fixed random order: packing sorts them by fit, and whoever reads only the first ones wants a fair sample."""
+    return rows[RowOrder(len(rows), seed=0).rows(0, len(rows))]
+
+
+def finished(parquet_path: str, out_prefix: str, tokenizer_digest: str, row_tokens: int) -> Receipt | None:
+    """The receipt of an input that is done: same input size, tokenizer and row length, all shards there and whole.
+
+    None when any of it does not hold; the input is then binarized anew.
+    """
+    try:
+        raw = storage.read_json(_receipt_path(out_prefix))
+        values = {item.name: raw[item.name] for item in fields(Receipt)}
+        values["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+    receipt = Receipt(**values)
+    mine = (_name(parquet_path), _size(parquet_path), tokenizer_digest, row_tokens)
+    if (receipt.input, receipt.input_bytes, receipt.tokenizer_digest, receipt.row_tokens) != mine:
+        return None
+    folder = out_prefix.rsplit("/", 1)[0]
+    try:
+        whole = all(_size(storage.join(folder, shard.name)) == shard.bytes for shard in receipt.shards)
+    except DataError:  # a shard is gone
+        return None
+    return receipt if whole else None
+
+
+def out_prefix(directory: str, parquet_path: str) -> str:
+    """Where the shards of an input go: its own name, without the ending, inside the split's folder."""
+    return storage.join(directory, _name(parquet_path).removesuffix(".parquet"))
+
+
+def build_manifest(
+    split: str, receipts: Sequence[Receipt], tokenizer: Encoder, row_tokens: int, source: str
+) -> Manifest:
+    """The manifest of a split whose inputs are all done. Raises DataError when they hold less than one row."""
+    shards = tuple(shard for receipt in receipts for shard in receipt.shards)
+    if not shards:
+        tokens = sum(receipt.tokens_in for receipt in receipts)
+        raise DataError(
+            f"the {split} split of {source!r} has {tokens} tokens, less than one row of {row_tokens}. "
+            f"Give more text, or a smaller --max_seq_len."
+        )
+    return Manifest(
+        version=VERSION,
+        split=split,
+        row_tokens=row_tokens,
+        dtype=ids_dtype(tokenizer.vocab_size).name,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_digest=tokenizer.digest,
+        columns=("ids",),
+        shards=shards,
+        documents=sum(receipt.documents for receipt in receipts),
+        tokens_in=sum(receipt.tokens_in for receipt in receipts),
+        tokens_kept=sum(receipt.tokens_kept for receipt in receipts),
+        source={
+            "folder": source,
+            "inputs": [[receipt.input, receipt.input_bytes] for receipt in receipts],
+            "whole_documents": sum(receipt.whole_documents for receipt in receipts),
+        },
+    )
+
+
+def _receipt_path(prefix: str) -> str:
+    return f"{prefix}.done.json"
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _size(path: str) -> int:
+    """Bytes of a file. Raises DataError when it is absent, StorageError when the storage does not answer."""
+    fs, inner = storage.filesystem(path)
+    try:
+        return int(fs.size(inner))
+    except FileNotFoundError:
+        raise DataError(f"{path!r} is missing; restore it, or point --data_dir elsewhere.") from None
+    except OSError as error:
+        raise StorageError(
+            f"cannot reach {path!r}: {error}. Check the address, the network and credentials."
+        ) from error

@@ -1,0 +1,72 @@
+"""Causal self-attention with rotary positions, QK norm and grouped key/value heads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megacontext.config import GPTConfig
+from megacontext.model.kv_cache import KVCache
+from megacontext.model.rotary import Rotary, rotate_and_norm
+
+
+class Linear(nn.Linear):
+    """A matrix without bias whose weight is cast to the dtype of its input at use, so masters can stay float32."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of q [B, H, Tq, K] over k, v [B, Hkv, Tk, K]: causal, the last query at the last key, unless `mask`
+    (bool, True = may attend, broadcast to [B, H, Tq, Tk]) says otherwise. Returns [B, H, Tq, K].
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    causal = mask is None and queries == keys and queries > 1
+    if mask is None and 1 < queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class CausalSelfAttention(nn.Module):
+    """Projects, rotates, normalizes, attends, projects back; [B, T, D] to [B, T, D]."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.fused_qkv: torch.Tensor | None = None  # set for inference, where weights do not change
+
+    def fuse(self) -> None:
+        """Keep the three input projections as one matrix [(H + 2·Hkv)·K, D], sharing memory with the parameters."""
+        parts = (self.c_q.weight, self.c_k.weight, self.c_v.weight)
+        self.fused_qkv = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, self.fused_qkv.split([len(part) for part in parts]), strict=True):  # type: ignore[no-untyped-call]
+            part.data = view
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        weight = self.fused_qkv
+        if weight is None:
+            weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight]).to(x.dtype)
+        qkv = F.linear(x, weight).view(batch, tokens, -1, self.head_dim)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)  # type: ignore[no-untyped-call]
+        q, k = rotate_and_norm(qk, rotary).split([self.n_head, self.n_kv_head], dim=2)  # type: ignore[no-untyped-call]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, K]
+        if cache is not None:
+            k, v = cache.insert(self.layer, k, v)
+        y = attend(q, k, v, mask)
+        projected: torch.Tensor = self.c_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return projected

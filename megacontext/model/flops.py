@@ -1,0 +1,63 @@
+"""What a model costs: parameters, FLOPs per token, and what hardware could deliver."""
+
+from __future__ import annotations
+
+import torch
+
+from megacontext.config import GPTConfig
+
+# Dense tensor-core FLOP/s in bfloat16 with float32 accumulation, from the vendors' data sheets, by a part of the
+# device name; the first match counts, so longer names come first. GeForce: half of the float16-accumulate rate.
+_BF16_PEAK: tuple[tuple[str, float], ...] = (
+    ("B300", 2.25e15), ("GB200", 2.5e15), ("B200", 2.25e15), ("GH200", 989e12), ("H200", 989e12),
+    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H800", 989e12), ("H20", 148e12),
+    ("A100", 312e12), ("A800", 312e12), ("A10G", 70e12), ("A10", 125e12), ("A30", 165e12), ("A40", 149.7e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
+    ("RTX PRO 6000", 503.8e12), ("RTX 6000 Ada", 364e12), ("A6000", 154.8e12),
+    ("RTX 5090", 209.5e12), ("RTX 5080", 112.6e12), ("RTX 4090", 165.2e12), ("RTX 4080", 97.5e12),
+    ("RTX 3090", 71e12), ("MI300X", 1307e12), ("MI250X", 383e12),
+)  # fmt: skip
+
+
+def count_params(config: GPTConfig) -> int:
+    """Parameters of the model, embedding and head included."""
+    return matmul_params(config) + config.vocab_size * config.n_embd
+
+
+def matmul_params(config: GPTConfig) -> int:
+    """Parameters that take part in a matrix product for every token: all but the embedding, which is a lookup."""
+    width = config.n_embd
+    attention = 2 * width * width + 2 * width * config.n_kv_head * config.head_dim
+    return config.n_layer * (attention + 8 * width * width) + config.vocab_size * width
+
+
+def train_flops_per_token(config: GPTConfig, seq_len: int | None = None) -> float:
+    """FLOPs of forward and backward per token at `seq_len` tokens (the model's own length unless given).
+
+    6 per matrix parameter plus 12·layers·width·T for attention scores and values: the convention of PaLM
+    (arXiv:2204.02311, appendix B) that nanochat uses; it counts the causally masked half of attention as well.
+    """
+    return 3 * forward_flops_per_token(config, seq_len)
+
+
+def forward_flops_per_token(config: GPTConfig, seq_len: int | None = None) -> float:
+    """FLOPs of one forward pass per token at `seq_len` tokens, by the same convention."""
+    tokens = config.sequence_len if seq_len is None else seq_len
+    return 2.0 * matmul_params(config) + 4.0 * config.n_layer * config.n_embd * tokens
+
+
+def decode_flops_per_token(config: GPTConfig, context_tokens: int) -> float:
+    """FLOPs of decoding one token after `context_tokens` cached ones (itself included in the attention)."""
+    return forward_flops_per_token(config, context_tokens + 1)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of the device for MFU, or None when unknown: CPUs, float32, and GPUs not in the table."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return peak_flops_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_flops_by_name(name: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a GPU by its product name, or None when it is not in the table."""
+    return next((peak for part, peak in _BF16_PEAK if part.lower() in name.lower()), None)

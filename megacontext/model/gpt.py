@@ -1,0 +1,179 @@
+"""The classic nanochat GPT (2025): pre-norm, no biases, rotary, QK norm, relu², untied head, softcapped logits.
+
+Legend: B batch, T tokens, L entries, D width, H heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from megacontext.config import GPTConfig
+from megacontext.model.attention import CausalSelfAttention, Linear
+from megacontext.model.cross_entropy import linear_cross_entropy, softcapped
+from megacontext.model.kv_cache import KVCache
+from megacontext.model.norm import rms_norm
+from megacontext.model.rotary import Rotary, RotaryTable
+
+SOFTCAP = 15.0
+
+
+class _ReluSquared(torch.autograd.Function):
+    """relu(x)²; its slope, 2·relu(x), is zero where relu is, so relu(x) is all the backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        positive = x.clamp(min=0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (positive,) = ctx.saved_tensors
+        slope: torch.Tensor = 2 * positive
+        return slope.mul_(grads[0])
+
+
+class MLP(nn.Module):
+    """D to 4·D, relu², and back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = _ReluSquared.apply(self.c_fc(x))  # type: ignore[no-untyped-call]
+        return self.c_proj(hidden)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = x + self.attn(rms_norm(x), rotary, cache, mask)
+        return x + self.mlp(rms_norm(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """The model. State-dict keys are nanochat's; nothing but weights is in it.
+
+    `compute_dtype` (float32 or bfloat16) is what activations and matrix products use; weights may be wider and are
+    cast at use. Logits and losses are always float32.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.rotary_table = RotaryTable(config.head_dim)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialize in place: drawn on the CPU in a fixed order, so a seed gives the same weights on every device.
+
+        Matrices N(0, (1/√fan_in)·min(1, √(fan_out/fan_in))) (spectral condition, arXiv:2310.17813), embedding N(0, 1),
+        zeros in lm_head and in the output projections, so that every block starts as the identity.
+        """
+        for name, parameter in self.named_parameters():
+            if name == "lm_head.weight" or name.endswith("c_proj.weight"):
+                parameter.zero_()
+                continue
+            fan_out, fan_in = parameter.shape
+            std = 1.0 if name == "transformer.wte.weight" else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+            parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+    @torch.no_grad()
+    def prepare_inference(self) -> None:
+        """Cast matrices to compute_dtype once and fuse the projections; for a model that is trained no further.
+
+        The embedding keeps its dtype: it is looked up, not multiplied, and rounding it would change the results.
+        """
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.data = module.weight.data.to(self.compute_dtype)
+        for block in self.blocks:
+            block.attn.fuse()
+        self.eval()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(cast(nn.ModuleList, self.transformer["h"])))
+
+    def make_cache(self, batch: int, capacity: int, max_capacity: int | None = None) -> KVCache:
+        """An empty KV cache of this model's shape, dtype and device."""
+        c = self.config
+        return KVCache(
+            batch, c.n_layer, c.n_kv_head, c.head_dim, capacity, self.compute_dtype, self.device, max_capacity
+        )
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Normed token embeddings: ids [B, T] int64 to [B, T, D] in compute_dtype."""
+        return rms_norm(self.transformer["wte"](ids), self.compute_dtype)
+
+    def trunk(
+        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All blocks and the final norm: x [B, L, D] (token embeddings, later gists as well) to hidden [B, L, D].
+
+        rotary: cos and sin, broadcast to [B, L, 1, K/2]. cache: earlier keys and values, extended by these. mask: bool,
+        broadcast to [B, H, L, length + L], True where attention may look; causal without it.
+        """
+        for block in self.blocks:
+            x = block(x, rotary, cache, mask)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return rms_norm(x)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Softcapped logits [..., V] float32 of hidden [..., D]."""
+        return softcapped(self.lm_head(hidden), SOFTCAP)
+
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Hidden states [B, T, D] of token ids [B, T] that follow what the cache holds."""
+        start = 0 if cache is None else cache.length
+        return self.trunk(self.embed(ids), self.rotary_table.slice(start, ids.shape[1], ids.device), cache)
+
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits [B, T, V] float32 of token ids [B, T] int64; with a cache, ids continue it and are added to it."""
+        return self.head(self.hidden(ids, cache))
+
+    def loss(self, ids: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats, float32, of targets [B, T] int64 given ids [B, T]; targets of -1 do not count.
+
+        reduction "mean" or "sum" gives a scalar, "none" [B, T]. The logits of the batch are never held at once.
+        """
+        hidden = self.hidden(ids).flatten(0, 1)
+        losses = linear_cross_entropy(
+            hidden, self.lm_head.weight, targets.reshape(-1), cap=SOFTCAP, reduction=reduction
+        )
+        return losses.view(targets.shape) if reduction == "none" else losses
+
+    def compiled(self) -> GPT:
+        """A model that shares these weights and runs its trunk through torch.compile; state and inference stay here."""
+        twin = copy.copy(self)
+        twin.__dict__["trunk"] = torch.compile(self.trunk, dynamic=False)
+        return twin

@@ -1,0 +1,147 @@
+"""nanochat's checkpoint layout, both ways: `<kind>_checkpoints/<tag>/model_%06d.pt` and `meta_%06d.json`.
+
+Only weights and the meta file; the tokenizer beside them is `data.tokenizer`'s. Tensors keep the dtype they were stored
+with (nanochat stores the embedding in bfloat16 when it trained on a GPU), so an export after an import is equal byte
+for byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megacontext import storage
+from megacontext.config import GPTConfig
+from megacontext.errors import CheckpointError
+from megacontext.model.gpt import GPT
+
+# Later stages first: the newest of these is what a base directory is asked for.
+KINDS = ("chatrl_checkpoints", "chatsft_checkpoints", "mid_checkpoints", "base_checkpoints")
+_MODEL_FILE = re.compile(r"model_(\d{6,})\.pt$")
+_COMPILED_PREFIX = "_orig_mod."
+
+
+def find_checkpoint(
+    base_dir: str, kind: str | None = None, tag: str | None = None, step: int | None = None
+) -> tuple[str, int]:
+    """The folder and step of a checkpoint in a nanochat base directory, or in one of its tag folders directly.
+
+    Unless told otherwise: the latest stage present (RL, then SFT, mid, base), the deepest model (tags d<number>, else
+    the last by name), the highest step. Raises CheckpointError when nothing is there.
+    """
+    if _steps(base_dir):
+        return base_dir, _chosen_step(base_dir, step)
+    for name in (f"{kind.removesuffix('_checkpoints')}_checkpoints",) if kind else KINDS:
+        parent = storage.join(base_dir, name)
+        tags = [found for found in storage.list_dir(parent) if _steps(storage.join(parent, found))]
+        if tag is not None:
+            tags = [found for found in tags if found == tag]
+        if tags:
+            folder = storage.join(parent, max(tags, key=_tag_order))
+            return folder, _chosen_step(folder, step)
+    wanted = " ".join(f"{key} {value!r}" for key, value in (("kind", kind), ("tag", tag)) if value is not None)
+    raise CheckpointError(
+        f"no nanochat checkpoint {wanted} in {base_dir!r}; expected {', '.join(KINDS)}/<tag>/model_<step>.pt with its meta file."
+    )
+
+
+def load_nanochat(folder: str, step: int | None = None) -> tuple[GPT, dict[str, Any]]:
+    """The model and meta of a tag folder (highest step unless given), on the CPU, weights in their stored dtypes.
+
+    Raises CheckpointError when files are missing or damaged, or weights do not fit the meta's model_config.
+    """
+    step = _chosen_step(folder, step)
+    path, meta_path = (storage.join(folder, name) for name in _names(step))
+    try:
+        meta = storage.read_json(meta_path)
+        config = GPTConfig(**meta["model_config"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{meta_path!r} is missing; a nanochat checkpoint has it beside {path!r}.") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{meta_path!r} holds no model_config of the 2025 nanochat model ({error!r}); newer models are not supported."
+        ) from error
+    model = GPT(config)
+    load_weights(model, _read_tensors(path), path)
+    return model, meta
+
+
+def load_weights(model: GPT, state: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Take over weights with their dtypes; keys may carry torch.compile's prefix.
+
+    Raises CheckpointError naming what is missing, unknown or of another shape.
+    """
+    state = {key.removeprefix(_COMPILED_PREFIX): value for key, value in state.items()}
+    mine = model.state_dict()
+    problems = [f"{key} is missing" for key in mine.keys() - state.keys()]
+    problems += [f"{key} is unknown" for key in state.keys() - mine.keys()]
+    problems += [
+        f"{key} has shape {list(state[key].shape)}, expected {list(mine[key].shape)}"
+        for key in mine.keys() & state.keys()
+        if state[key].shape != mine[key].shape
+    ]
+    if problems:
+        raise CheckpointError(f"weights in {origin!r} do not fit the model: {'; '.join(sorted(problems))}.")
+    model.load_state_dict({key: state[key].clone() for key in mine}, assign=True)
+
+
+def save_nanochat_model(
+    model: GPT,
+    base_dir: str,
+    *,
+    kind: str = "base",
+    tag: str | None = None,
+    step: int = 0,
+    meta: Mapping[str, Any] | None = None,
+) -> str:
+    """Write weights and meta below a base directory (local or fsspec) in nanochat's layout; returns the tag folder.
+
+    The tag is d<layers> unless given. `meta` is stored as it is, with step and model_config set from the arguments.
+    The meta file is written last, so a half-written checkpoint is never found complete.
+    """
+    folder = storage.join(base_dir, f"{kind}_checkpoints", tag or f"d{model.config.n_layer}")
+    model_name, meta_name = _names(step)
+    buffer = io.BytesIO()
+    torch.save({key: value.detach().cpu().clone() for key, value in model.state_dict().items()}, buffer)
+    storage.write_bytes(storage.join(folder, model_name), buffer.getvalue())
+    storage.write_json(
+        storage.join(folder, meta_name), {**(meta or {}), "step": step, "model_config": asdict(model.config)}
+    )
+    return folder
+
+
+def _names(step: int) -> tuple[str, str]:
+    return f"model_{step:06d}.pt", f"meta_{step:06d}.json"
+
+
+def _steps(folder: str) -> list[int]:
+    return sorted(int(match[1]) for match in map(_MODEL_FILE.fullmatch, storage.list_dir(folder)) if match)
+
+
+def _chosen_step(folder: str, step: int | None) -> int:
+    steps = _steps(folder)
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"no checkpoint of step {step} in {folder!r}; there are: {steps or 'none'}.")
+    return steps[-1] if step is None else step
+
+
+def _tag_order(tag: str) -> tuple[int, str]:
+    depth = re.fullmatch(r"d(\d+)", tag)
+    return (int(depth[1]) if depth else -1, tag)
+
+
+def _read_tensors(path: str) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(io.BytesIO(storage.read_bytes(path)), map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path!r} is missing.") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path!r} is damaged: {error}. Fetch it again.") from error
+    return dict(state)

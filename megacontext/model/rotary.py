@@ -1,0 +1,78 @@
+"""Rotary positions (Su et al., 2021, arXiv:2104.09864) in the half-split pairing: channel c turns with channel c + K/2.
+
+y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos. Tables are bfloat16, as in nanochat: parity needs the same rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megacontext.model.norm import inverse_rms, norm_backward, wide
+
+BASE = 10_000.0
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""(cos, sin), each [1, T, 1, K/2]."""
+
+
+def rotary_angles(positions: torch.Tensor, head_dim: int, base: float = BASE) -> torch.Tensor:
+    """Angles [T, K/2] in radians of float positions [T]; channel pair c turns at base^(−2c/K) per token."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    return torch.outer(positions.float(), 1.0 / (base ** (channels / head_dim)))
+
+
+class RotaryTable:
+    """cos and sin of the positions 0, 1, 2, …, computed once per device and grown on demand. No part of a state dict."""
+
+    def __init__(self, head_dim: int, base: float = BASE) -> None:
+        self.head_dim, self.base = head_dim, base
+        self._tables: dict[torch.device, Rotary] = {}
+
+    def slice(self, start: int, tokens: int, device: torch.device) -> Rotary:
+        """cos and sin of positions [start, start + tokens), each [1, tokens, 1, K/2] bfloat16."""
+        table = self._tables.get(device)
+        if table is None or table[0].shape[1] < start + tokens:
+            length = max(1024, 1 << (start + tokens - 1).bit_length())
+            # A table made under inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                angles = rotary_angles(
+                    torch.arange(length, dtype=torch.float32, device=device), self.head_dim, self.base
+                )
+                table = (angles.cos().bfloat16()[None, :, None, :], angles.sin().bfloat16()[None, :, None, :])
+            self._tables[device] = table
+        cos, sin = table
+        return cos[:, start : start + tokens], sin[:, start : start + tokens]
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, K] turned by the angles of cos and sin, in the dtype of all three."""
+    x1, x2 = x.chunk(2, dim=-1)
+    y = torch.empty_like(x)
+    y1, y2 = y.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=-1)
+    return y
+
+
+class _RotateNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        dtype = wide(x.dtype)  # one cast in and one out; in between nothing is rounded
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        turned = _rotated(x.to(dtype), cos, sin)
+        scale = inverse_rms(turned)
+        y = turned.mul_(scale).to(x.dtype)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        y, scale, cos, sin = ctx.saved_tensors
+        turned = norm_backward(grads[0], y, scale)
+        return _rotated(turned, cos, -sin).to(y.dtype), None, None
+
+
+def rotate_and_norm(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate queries or keys x [B, T, H, K], then RMS-norm each head ("QK norm"); one autograd node, one saved copy."""
+    return _RotateNorm.apply(x, *rotary)  # type: ignore[no-any-return, no-untyped-call]

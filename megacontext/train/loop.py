@@ -1,0 +1,192 @@
+"""The training loop: validate, sample, save and step until the horizon.
+
+It knows nothing of Ray. Rows come from any iterator of batches in the order of `data.stream`; who runs it is behind
+the `Worker` protocol. The state it carries from step to step is a plain dict that a checkpoint holds whole, so a
+killed run continues on the very next row with the very same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megacontext import storage
+from megacontext.data.stream import Batch, BatchPlan, MmapStream
+from megacontext.errors import NonFiniteLossError
+from megacontext.eval.samples import continuations
+from megacontext.model.flops import count_params, peak_flops, train_flops_per_token
+from megacontext.telemetry.rows import RowLog
+from megacontext.telemetry.tracker import Tracker
+from megacontext.train import schedule
+from megacontext.train.checkpoint import CheckpointWriter, checkpoint_name
+from megacontext.train.setup import Setup, build, loop_meta
+from megacontext.train.step import Stepper, StepResult
+from megacontext.train.task import TrainTask
+from megacontext.train.throughput import Stopwatch, peak_memory_bytes
+from megacontext.train.validation import validate
+from megacontext.train.worker import Worker
+
+MakeStream = Callable[[BatchPlan, int, int], Iterator[Batch]]
+"""(plan, first step, end step) -> this worker's micro-batches in order."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended. `finished` is False when it was asked to stop before its horizon."""
+
+    finished: bool
+    step: int
+    checkpoint: str
+    metrics: dict[str, float]
+
+
+def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeStream | None = None) -> TrainResult:
+    """Train a stage to its horizon, or until a stop is asked for. Every rank calls it.
+
+    Without `make_stream` the rows come from a memory map of the shards. Raises DataError, CheckpointError, UserError
+    or StorageError for bad input, NonFiniteLossError (after saving the last good weights) when training diverges.
+    """
+    setup = build(task, worker)
+    state = setup.state
+    first, end = state["step"], setup.num_iterations
+    writer = None
+    if worker.rank == 0:
+        writer = CheckpointWriter(
+            storage.join(task.run_dir, "checkpoints"), task.stage, task.tokenizer_dir, task.train.keep_checkpoints
+        )
+        tracker.open(resume_step=first + 1, total_steps=end)
+    if make_stream is None:
+        batches = iter(MmapStream(setup.train_shards, setup.order, setup.plan, worker.rank, first, end))
+    else:
+        batches = make_stream(setup.plan, first, end)
+    try:
+        with RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log:
+            finished = _loop(setup, batches, writer, tracker, rows_log)
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+        if writer is not None:
+            writer.close()
+        tracker.finish()
+    path = storage.join(task.run_dir, "checkpoints", checkpoint_name(task.stage, state["step"]))
+    return TrainResult(finished, state["step"], path, _summary(setup))
+
+
+def _loop(
+    setup: Setup, batches: Iterator[Batch], writer: CheckpointWriter | None, tracker: Tracker, rows_log: RowLog
+) -> bool:
+    worker, state, cfg = setup.worker, setup.state, setup.task.train
+    stepper = Stepper(setup.forward, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
+                      cfg.grad_clip, Stopwatch(worker.device))  # fmt: skip
+    resumed_at, stop = (state["step"] or None), False
+    while True:
+        step = state["step"]
+        last = step >= setup.num_iterations
+        if step != resumed_at:  # what a checkpoint of this step already did is not done again
+            if last or _due(step, cfg.eval_every):
+                _validate(setup, tracker)
+            if worker.rank == 0 and (last or (step > 0 and _due(step, cfg.sample_every))):
+                tracker.log_text(step, continuations(setup.model, setup.tokenizer, max_tokens=16))
+            if writer is not None and (last or stop or (step > 0 and _due(step, cfg.save_every))):
+                _save(setup, writer)
+        if last or stop:
+            return bool(last)
+        lrm = schedule.lr_multiplier(
+            step, setup.num_iterations, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
+        )
+        began = time.perf_counter()
+        try:
+            asked = worker.rank == 0 and worker.stop_requested()
+            result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
+        except NonFiniteLossError:
+            if writer is not None and step > 0:
+                _save(setup, writer)
+            raise
+        phases_ms = stepper.watch.phases_ms()
+        _advance(setup, result, time.perf_counter() - began)
+        stop = result.stop
+        rows_log.write(step, result.rows)
+        if worker.rank == 0:
+            tracker.log(_step_metrics(setup, result, lrm, phases_ms), step + 1)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _advance(setup: Setup, result: StepResult, seconds: float) -> None:
+    state, task = setup.state, setup.task
+    state["step"] += 1
+    state["rows_consumed"] += task.rows_per_step
+    state["total_tokens"] += task.train.total_batch_size
+    state["total_training_flops"] += train_flops_per_token(task.gpt) * task.train.total_batch_size
+    state["total_training_time"] += seconds
+    state["smooth_loss"] = 0.9 * state["smooth_loss"] + 0.1 * result.loss
+    state["last_seconds"] = seconds
+
+
+def _totals(state: dict[str, Any]) -> dict[str, float]:
+    return {key: state[key] for key in ("total_tokens", "total_training_flops", "total_training_time")}
+
+
+def _step_metrics(setup: Setup, result: StepResult, lrm: float, phases_ms: dict[str, float]) -> dict[str, float]:
+    state, task = setup.state, setup.task
+    seconds, tokens = state["last_seconds"], task.train.total_batch_size
+    metrics = {
+        "train/loss": result.loss,
+        "train/smooth_loss": state["smooth_loss"] / (1 - 0.9 ** state["step"]),
+        "train/lrm": lrm,
+        "train/dt": seconds,
+        "train/tok_per_sec": tokens / seconds,
+        "train/tokens_per_step": tokens,
+        "train/grad_accum_steps": setup.plan.accum_steps,
+        "train/grad_norm": result.grad_norm,
+        **{f"time/{phase}_ms": value for phase, value in phases_ms.items()},
+        **_totals(state),
+    }
+    peak = peak_flops(setup.worker.device, setup.dtype)
+    if peak is not None:
+        done = train_flops_per_token(task.gpt) * tokens
+        metrics["train/mfu"] = 100 * done / seconds / (peak * setup.worker.world_size)
+    return metrics
+
+
+def _validate(setup: Setup, tracker: Tracker) -> None:
+    state, task = setup.state, setup.task
+    result = validate(setup.model, setup.val_shards, setup.tokenizer, setup.worker, task.train.eval_tokens,
+                      task.train.device_batch_size)  # fmt: skip
+    state["val_bpb"] = result.bpb
+    if state["best_val_bpb"] is None or result.bpb < state["best_val_bpb"]:
+        state["best_val_bpb"] = result.bpb
+        state["best_step"] = state["step"]
+    metrics = {"val/bpb": result.bpb, "val/loss": result.loss, **_totals(state)}
+    if setup.worker.rank == 0:
+        tracker.log(metrics, state["step"])
+    setup.worker.report(metrics)
+
+
+def _save(setup: Setup, writer: CheckpointWriter) -> None:
+    state = setup.state
+    if state["best_val_bpb"] is not None and state.get("best_step") == state["step"]:
+        state["best_checkpoint"] = checkpoint_name(setup.task.stage, state["step"])
+    writer.save(state["step"], setup.model.state_dict(), setup.optimizer.state_dict(), loop_meta(setup))
+
+
+def _summary(setup: Setup) -> dict[str, float]:
+    state = setup.state
+    metrics = {
+        "steps": state["step"],
+        "parameters": count_params(setup.task.gpt),
+        "flops_per_token": train_flops_per_token(setup.task.gpt),
+        "smooth_loss": state["smooth_loss"] / max(1e-9, 1 - 0.9 ** state["step"]),
+        "peak_memory_bytes": peak_memory_bytes(setup.worker.device),
+        **_totals(state),
+    }
+    if state["total_training_time"] > 0:
+        metrics["tok_per_sec"] = state["total_tokens"] / state["total_training_time"]
+    if state["val_bpb"] is not None:
+        metrics |= {"val_bpb": state["val_bpb"], "best_val_bpb": state["best_val_bpb"]}
+    return metrics

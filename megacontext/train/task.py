@@ -1,0 +1,101 @@
+"""One stage of training as plain data: what crosses process borders, is stored, and is checked on resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megacontext.config import GPTConfig, TrainConfig
+from megacontext.errors import CheckpointError, UserError
+from megacontext.model.flops import count_params, train_flops_per_token
+
+# What may change between two starts of the same run without changing what it computes.
+FREE_TRAIN_FLAGS = frozenset(
+    {"eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every", "log_rows", "stream",
+     "device_batch_size"}
+)  # fmt: skip
+HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "target_param_data_ratio"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """Everything the loop needs to train one stage; paths are absolute or URIs."""
+
+    stage: str
+    run_dir: str
+    train_tokens_dir: str
+    val_tokens_dir: str
+    tokenizer_dir: str
+    gpt: GPTConfig
+    train: TrainConfig
+    seed: int
+    dtype: str = "auto"
+    compile: str = "auto"
+    verify_shards: bool = True
+    init_from: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Training rows of one optimizer step. Raises UserError when tokens per step is not a whole number of rows."""
+        rows, rest = divmod(self.train.total_batch_size, self.gpt.sequence_len)
+        if rest or rows < 1:
+            nearest = max(1, round(self.train.total_batch_size / self.gpt.sequence_len)) * self.gpt.sequence_len
+            raise UserError(
+                f"--total_batch_size {self.train.total_batch_size} tokens is not a multiple of --max_seq_len "
+                f"{self.gpt.sequence_len}; the nearest that is: {nearest}."
+            )
+        return rows
+
+    @property
+    def sized_by_clock(self) -> bool:
+        """Whether max_minutes decides the horizon."""
+        return self.train.num_iterations < 0 and self.train.target_flops <= 0 and self.train.max_minutes > 0
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is computed; a checkpoint continues only under the same ones."""
+        train = {key: value for key, value in asdict(self.train).items() if key not in FREE_TRAIN_FLAGS | HORIZON_FLAGS}
+        return {
+            "stage": self.stage,
+            "seed": self.seed,
+            "init_from": self.init_from,
+            "model_config": asdict(self.gpt),
+            **train,
+        }
+
+    def check_continues(self, identity: Mapping[str, Any], checkpoint: str) -> None:
+        """Raises CheckpointError naming every setting that differs from the checkpoint's."""
+        mine = self.identity()
+        differing = [
+            f"{key} was {identity.get(key)!r}, is {value!r}"
+            for key, value in mine.items()
+            if identity.get(key) != value
+        ]
+        if differing:
+            raise CheckpointError(
+                f"run {self.run_dir!r} cannot continue from {checkpoint!r} with other settings: {'; '.join(differing)}. "
+                "Use the old values, or start another --run."
+            )
+
+
+def horizon_steps(task: TrainTask, step_seconds: float | None) -> int:
+    """Optimizer steps of a stage, by the first of num_iterations, target_flops, max_minutes, the data:param ratio.
+
+    `step_seconds` is the measured time of a step, needed only for max_minutes; a tenth of the time is left for
+    validation and checkpoints.
+    """
+    cfg = task.train
+    if cfg.num_iterations >= 0:
+        return cfg.num_iterations
+    if cfg.target_flops > 0:
+        return max(1, round(cfg.target_flops / (train_flops_per_token(task.gpt) * cfg.total_batch_size)))
+    if cfg.max_minutes > 0:
+        assert step_seconds is not None
+        return max(1, math.floor(cfg.max_minutes * 60 * 0.9 / step_seconds))
+    if cfg.target_param_data_ratio > 0:
+        return max(1, round(cfg.target_param_data_ratio * count_params(task.gpt) / cfg.total_batch_size))
+    raise UserError(
+        "no training horizon: set one of --num_iterations, --target_flops, --max_minutes or --target_param_data_ratio."
+    )

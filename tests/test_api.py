@@ -1,0 +1,96 @@
+"""`mc.load` finds every layout, and what it gives back computes what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_resume import train_here
+from tiny import make_task
+
+import megacontext as mc
+from megacontext import storage
+from megacontext.errors import CheckpointError, DataError, UserError
+from megacontext.train.checkpoint import load_checkpoint
+
+
+def test_nanochat_base_directory(shared_data: Path) -> None:
+    expected = np.load(shared_data / "nanochat_parity" / "expected.npz")
+    model, tokenizer = mc.load(str(shared_data / "nanochat_parity"))
+    ids = torch.from_numpy(expected["ids"])
+    with torch.no_grad():
+        logits = model(ids[:, :-1])
+    assert logits.dtype == torch.float32
+    assert (logits - torch.from_numpy(expected["logits"])).abs().max() <= 1e-4
+    assert abs(model.loss(ids[:, :-1], ids[:, 1:]).item() - float(expected["loss"])) <= 1e-5
+    assert tokenizer.vocab_size == 1024
+
+
+def test_own_checkpoint_run_folder_and_nanochat_export_agree(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    result = train_here(task)
+    saved = load_checkpoint(result.checkpoint, with_optimizer=False).model
+    for path in (result.checkpoint, task.run_dir, f"{task.run_dir}/checkpoints"):
+        model, tokenizer = mc.load(path)
+        assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    out = mc.save_nanochat(model, tokenizer, str(tmp_path / "export"), step=12)
+    assert Path(out).relative_to(tmp_path / "export") == Path("base_checkpoints/d2")
+    again, its_tokenizer = mc.load(str(tmp_path / "export"))
+    assert its_tokenizer.digest == tokenizer.digest
+    for name, value in again.state_dict().items():
+        assert value.numpy().tobytes() == saved[name].numpy().tobytes(), name
+
+
+def test_chosen_step_and_newest(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    train_here(task)
+    early, _ = mc.load(task.run_dir, step=9)
+    late, _ = mc.load(task.run_dir)
+    assert not torch.equal(early.lm_head.weight, late.lm_head.weight)
+
+
+def test_remote_checkpoint(tmp_path: Path) -> None:
+    result = train_here(make_task(tmp_path))
+    remote = f"memory://{tmp_path.name}/megacontext_base_000012"
+    for file in Path(result.checkpoint).rglob("*"):
+        if file.is_file():
+            storage.write_bytes(storage.join(remote, str(file.relative_to(result.checkpoint))), file.read_bytes())
+    model, _ = mc.load(remote)
+    assert model.config.n_layer == 2
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no nanochat checkpoint"):
+        mc.load(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="stage 'chat' is unknown"):
+        mc.load(str(tmp_path), stage="chat")
+    task = make_task(tmp_path)
+    train_here(task)
+    for path in Path(task.run_dir, "checkpoints").iterdir():
+        (path / "model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"every checkpoint of stage base .* is damaged"):
+        mc.load(task.run_dir)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    from megacontext.data.tokenizer import Tokenizer
+
+    task = make_task(tmp_path)
+    train_here(task)
+    model, tokenizer = mc.load(task.run_dir)
+    mc.save_nanochat(model, tokenizer, str(tmp_path / "export"))
+    Tokenizer.train(["other words entirely, among many more that differ " * 50], 280).save(
+        str(tmp_path / "export" / "tokenizer")
+    )
+    with pytest.raises((CheckpointError, DataError), match="has 280 tokens, the model"):
+        mc.load(str(tmp_path / "export"))
+
+
+def test_importing_is_free() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, megacontext; assert 'torch' not in sys.modules; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,76 @@
+"""Costs against counting, and the table of peaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megacontext.config import GPTConfig
+from megacontext.model.flops import (
+    count_params,
+    decode_flops_per_token,
+    forward_flops_per_token,
+    matmul_params,
+    peak_flops,
+    peak_flops_by_name,
+    train_flops_per_token,
+)
+from megacontext.model.gpt import GPT
+
+CONFIG = GPTConfig(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    model = GPT(CONFIG)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert count_params(CONFIG) == total
+    assert matmul_params(CONFIG) == total - model.transformer["wte"].weight.numel()
+
+
+def test_training_flops_follow_nanochats_formula() -> None:
+    expected = 6 * matmul_params(CONFIG) + 12 * CONFIG.n_layer * CONFIG.n_head * CONFIG.head_dim * 64
+    assert train_flops_per_token(CONFIG) == expected
+    assert train_flops_per_token(CONFIG, 128) > expected
+
+
+def test_forward_flops_equal_those_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = GPT(CONFIG)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 64, dtype=torch.int64))
+    attention = 2 * 64 * 4 * CONFIG.n_layer * CONFIG.n_embd * 64
+    counted = counter.get_total_flops()
+    if "scaled_dot" not in str(counter.get_flop_counts()):  # the CPU kernel is not in torch's table
+        counted += attention
+    assert counted == forward_flops_per_token(CONFIG) * 2 * 64
+
+
+def test_decode_grows_with_what_is_attended() -> None:
+    assert decode_flops_per_token(CONFIG, 0) == forward_flops_per_token(CONFIG, 1)
+    step = decode_flops_per_token(CONFIG, 11) - decode_flops_per_token(CONFIG, 10)
+    assert step == 4 * CONFIG.n_layer * CONFIG.n_embd
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+    ],
+)
+def test_peaks_by_product_name(name: str, tflops: float) -> None:
+    assert peak_flops_by_name(name) == tflops * 1e12
+
+
+def test_unknown_hardware_has_no_peak() -> None:
+    assert peak_flops_by_name("Some GPU 1") is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

@@ -1,0 +1,160 @@
+"""Every command of the README is run by a test, and its Python runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+# command of the README -> the test that runs it. "here" is `test_cheap_commands_run` below.
+TESTED_BY = {
+    "make speedrun": "test_speedrun.py",
+    "make test": "this very run",
+    'make speedrun ARGS="--run mine --depth 6"': "test_speedrun.py",
+    'python jobs/chat_cli.py --run mine -p "Why is the sky blue?"': "test_speedrun.py",
+    "ray job submit --working-dir . -- python jobs/speedrun.py": "test_submit.py",
+    "python jobs/base_train.py --help": "here",
+    "python jobs/report.py --run mine": "here",
+    "cluster/setup.sh --help": "here",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.S | re.M)
+
+
+def commands() -> list[str]:
+    return [
+        line.strip()
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+def run(command: list[str], cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_every_command_has_a_test() -> None:
+    assert set(commands()) == set(TESTED_BY)
+    for command, where in TESTED_BY.items():
+        if where.endswith(".py"):
+            # the target (`make speedrun`, or the script) is named in the test that is said to run it
+            words = shlex.split(command)
+            target = next((word for word in words if word.endswith("chat_cli.py")), words[1])
+            assert Path(target).name in (ROOT / "tests" / where).read_text(), f"{where} does not run {command!r}"
+
+
+@pytest.mark.parametrize("command", [command for command, where in TESTED_BY.items() if where == "here"])
+def test_cheap_commands_run(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    if words[0] == "python":
+        words[0] = sys.executable
+    if "report.py" in command:
+        from megacontext.telemetry.report import write_stage
+
+        write_stage(str(tmp_path / "runs" / "mine"), "tok_train", 1.5, 0.0, {"vocab_size": 300})
+    done = run(words, NANOCHAT_BASE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"--help": "", "mine": "report card: mine"}[words[-1]] in done.stdout
+    assert done.stdout
+
+
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_explains_itself_and_refuses_unknown_flags(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(f"jobs.{name}").main
+    for flag, code in (("--help", 0), ("--no-such-flag", 2)):
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", flag])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert (caught.value.code or 0) == code
+    shown = capsys.readouterr()
+    assert "usage:" in shown.out
+    assert "no-such-flag" in shown.err or "required" in shown.err
+
+
+def test_make_lists_its_targets_and_needs_no_installation() -> None:
+    done = run(["make"])
+    assert done.returncode == 0
+    for target in ("speedrun", "test", "lint", "types", "format", "clean"):
+        assert f"make {target} " in done.stdout
+
+
+def test_make_names_the_remedy_when_python_is_too_old_or_has_no_venv(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "make", "sed", "awk", "rm", "touch", "git"):
+        found = next(
+            (Path(folder, tool) for folder in os.environ["PATH"].split(os.pathsep) if Path(folder, tool).exists()), None
+        )
+        if found:
+            (tmp_path / "bin" / tool).symlink_to(found)
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / "bin" / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1"\nexit 1\n')
+    python.chmod(0o755)
+    done = run(["make", "install"], cwd=tmp_path, PATH=str(tmp_path / "bin"))
+    assert done.returncode != 0
+    assert "No Python 3.11" in done.stdout
+    assert "python3 is: Python 3.8.1" in done.stdout
+    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0;; --version) echo "Python 3.12.0";; *) exit 1;; esac\n')
+    done = run(["make", "install"], cwd=tmp_path, PATH=str(tmp_path / "bin"))
+    assert done.returncode != 0
+    assert "apt-get install python3-venv" in done.stdout
+
+
+def test_setup_writes_a_private_file_that_jobs_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import environment
+
+    file = tmp_path / "settings"
+    secret = 'it\'s $HOME `x` "q"'
+    done = run(
+        ["cluster/setup.sh", "--yes", "--no-install", "--file", str(file)],
+        HF_TOKEN=secret,
+        WANDB_PROJECT="p q",
+        WANDB_API_KEY="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("MEGACONTEXT_ENV_FILE", str(file))
+    settings: dict[str, str] = {}
+    environment.load(settings)
+    assert settings["HF_TOKEN"] == secret
+    assert settings["WANDB_PROJECT"] == "p q"
+    assert "WANDB_API_KEY" not in settings
+
+
+def test_the_library_example_runs(tmp_path: Path, shared_data: Path) -> None:
+    (code,) = blocks("python")
+    code = code.replace("path/to/checkpoint", str(shared_data / "nanochat_parity")).replace(
+        "path/to/export", str(tmp_path / "export")
+    )
+    space: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    assert space["logits"].shape[:2] == (1, len(space["ids"]))  # type: ignore[attr-defined,arg-type]
+    assert any((tmp_path / "export").rglob("model_*.pt"))
+
+
+def test_links_and_paths_of_the_index_exist() -> None:
+    index = README.read_text().split("## In ten seconds")[1].split("## Architecture")[0]
+    paths = re.findall(r"`([\w./]+)`", index)
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -1,0 +1,208 @@
+"""A run that is killed continues on the very next row with the very same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_task
+
+from megacontext.data.shards import ShardSet
+from megacontext.data.stream import RowOrder
+from megacontext.errors import CheckpointError, DataError, NonFiniteLossError, UserError
+from megacontext.telemetry.tracker import Tracker
+from megacontext.train.loop import TrainResult, train
+from megacontext.train.task import TrainTask
+from megacontext.train.worker import LocalWorker, stop_file
+
+HERE = Path(__file__).resolve().parent
+
+
+def start(folder: Path, run: str, *settings: str, workers: int = 1) -> str:
+    command = [sys.executable]
+    if workers > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={workers}", "--master_port=0", "--standalone"]
+    command += [str(HERE / "train_tiny.py"), str(folder), run, *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(folder: Path, run: str) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for line in (folder / run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "train/loss" in record:
+            assert record["step"] not in found, f"step {record['step']} is recorded twice"
+            found[record["step"]] = record["train/loss"]
+    return found
+
+
+def rows(folder: Path, run: str, workers: int = 1) -> list[list[int]]:
+    """Row ids of each step, those of all workers together."""
+    steps: dict[int, list[int]] = {}
+    for rank in range(workers):
+        for line in (folder / run / "rows" / f"base_rank{rank}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], []).extend(record["rows"])
+    assert list(steps) == list(range(len(steps)))
+    return list(steps.values())
+
+
+def train_here(task: TrainTask) -> TrainResult:
+    tracker = Tracker(run_dir=task.run_dir, run_name="run", config={}, wandb_mode="off")
+    return train(task, LocalWorker(task.run_dir, torch.device("cpu")), tracker)
+
+
+def test_killed_twenty_times_equals_uninterrupted(tmp_path: Path) -> None:
+    settings = ("num_iterations=40", "save_every=2")
+    start(tmp_path, "whole", *settings)
+    said = start(tmp_path, "killed", "kills=20", "seed=3", *settings)
+    assert said.count("killed") >= 10, said  # the others reached the horizon first
+    assert "finished=True step=40" in said
+    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
+    assert len(losses(tmp_path, "whole")) == 40
+    assert rows(tmp_path, "killed") == rows(tmp_path, "whole")
+    shards = ShardSet.open(str(tmp_path / "train"))
+    expected = RowOrder(shards.num_rows, 5).rows(0, 40 * 4).reshape(40, 4)
+    assert rows(tmp_path, "whole") == expected.tolist()
+
+
+def test_two_workers_equal_one_and_either_continues_the_other(tmp_path: Path) -> None:
+    start(tmp_path, "one")
+    start(tmp_path, "two", workers=2)
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
+    assert [sorted(step) for step in rows(tmp_path, "two", 2)] == [sorted(step) for step in rows(tmp_path, "one")]
+    for path in (tmp_path / "two" / "checkpoints").iterdir():
+        if not path.name.endswith("000006"):
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+            path.rmdir()
+    start(tmp_path, "two")  # one worker takes up step 6
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
+
+
+def test_stop_file_saves_and_ends_then_continues(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    train_here(make_task(tmp_path, "whole"))
+    Path(task.run_dir).mkdir()
+    Path(stop_file(task.run_dir)).touch()
+    stopped = train_here(task)
+    assert not stopped.finished
+    assert stopped.step == 1
+    assert Path(stopped.checkpoint).is_dir()
+    Path(stop_file(task.run_dir)).unlink()
+    assert train_here(task).finished
+    assert losses(tmp_path, "run") == losses(tmp_path, "whole")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    first = train_here(task)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = train_here(task)
+    assert again.finished
+    assert again.step == first.step == 12
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "seed was 5, is 6"),
+        ({"matrix_lr": 0.5}, "matrix_lr was 0.02, is 0.5"),
+        ({"num_iterations": 13}, "a run of 12 steps and 13"),
+    ],
+)
+def test_continuing_with_other_settings_is_refused(tmp_path: Path, change: dict[str, float], message: str) -> None:
+    train_here(make_task(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        train_here(make_task(tmp_path, **change))
+
+
+def test_batch_that_does_not_divide_names_what_does(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--total_batch_size 100 .* nearest that is: 96"):
+        train_here(make_task(tmp_path, total_batch_size=100))
+    with pytest.raises(UserError, match="4 rows per step cannot be shared by 1 workers with a device batch of 3"):
+        train_here(make_task(tmp_path, device_batch_size=3))
+
+
+def test_changed_shards_are_refused(tmp_path: Path) -> None:
+    from tiny import make_shards
+
+    from megacontext.data.tokenizer import Tokenizer
+
+    train_here(make_task(tmp_path))
+    make_shards(tmp_path / "train", Tokenizer.load(str(tmp_path / "tokenizer")), seed=9)
+    with pytest.raises(DataError, match="are not those"):
+        train_here(make_task(tmp_path, num_iterations=12))
+
+
+def test_nan_stops_before_the_update_and_names_step_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import megacontext.train.step as step_module
+
+    calls = 0
+    real = step_module.next_token_loss
+
+    def poisoned(model: object, batch: object, device: object, scale: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = real(model, batch, device, scale)  # type: ignore[arg-type]
+        return loss * float("nan") if calls == 2 * 5 + 1 else loss  # first micro-batch of step 5
+
+    monkeypatch.setattr(step_module, "next_token_loss", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 5: loss nan.*before the optimizer step.*rows involved: \[\d+"):
+        train_here(make_task(tmp_path))
+    monkeypatch.setattr(step_module, "next_token_loss", real)
+    resumed = train_here(make_task(tmp_path))  # nothing was lost: step 5 is taken up with good weights
+    assert resumed.finished
+    train_here(make_task(tmp_path, "whole"))
+    assert losses(tmp_path, "run") == losses(tmp_path, "whole")
+
+
+def test_state_continues_through_a_damaged_newest_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(make_task(tmp_path))
+    newest = tmp_path / "run" / "checkpoints" / "megacontext_base_000012"
+    (newest / "model.pt").write_bytes(b"half")
+    result = train_here(make_task(tmp_path))
+    assert result.finished
+    said = capsys.readouterr().out
+    assert "megacontext_base_000012" in said
+    assert "damaged" in said
+    train_here(make_task(tmp_path, "whole"))
+    assert losses(tmp_path, "run") == losses(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_job_saves_and_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tiny import make_task\n"
+        "from jobs import cli; from jobs.launch import run_training\n"
+        "task = make_task(Path(sys.argv[1]), num_iterations=100_000, save_every=-1, eval_every=-1)\n"
+        "args = cli.resolve({'tier': 'cpu', 'base_dir': sys.argv[1], 'wandb': 'off', 'launcher': 'local'})\n"
+        "result = run_training(task, args); print('finished', result['finished'], result['step'], flush=True)\n"
+    )
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 00003/"):
+                process.send_signal(number)
+                break
+        said = process.stdout.read()
+    assert f"{number.name}: writing a checkpoint, then stopping" in said
+    assert "finished False" in said
+    step = int(said.split("finished False ")[1])
+    assert step >= 3
+    assert (tmp_path / "run" / "checkpoints" / f"megacontext_base_{step:06d}" / "manifest.json").is_file()

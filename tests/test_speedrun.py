@@ -1,0 +1,90 @@
+"""The main job end to end, as `make speedrun` runs it: submitted to Ray, from text to report card."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megacontext as mc
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--run", "mine", "--depth", "2", "--width", "64", "--max_seq_len", "128", "--vocab_size", "1024",
+    "--tok_max_chars", "3000000", "--num_iterations", "30", "--device_batch_size", "4", "--total_batch_size", "1024",
+    "--eval_tokens", "8192", "--save_every", "10", "--wandb", "off",
+]  # fmt: skip
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def run(command: list[str], base: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base folder of a finished tiny run."""
+    base = tmp_path_factory.mktemp("base")
+    done = run([sys.executable, "-m", "jobs.submit", "--", "python", "jobs/speedrun.py", *TINY], base)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert "report card: mine" in done.stdout
+    return base
+
+
+def test_make_speedrun_runs_exactly_this() -> None:
+    recipe = subprocess.run(
+        ["make", "-n", "speedrun", "ARGS=--run mine"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "python -m jobs.submit -- python jobs/speedrun.py --run mine" in recipe.stdout
+
+
+def test_report_holds_every_stage_and_its_baselines(finished: Path) -> None:
+    report = finished / "runs" / "mine" / "report"
+    numbers = json.loads((report / "report.json").read_text())
+    for stage in ("prepare_text", "tok_train", "tok_eval", "prepare_data", "base_train", "base_eval"):
+        assert numbers[f"{stage}/seconds"] >= 0, stage
+    assert numbers["base_eval/bigram_bpb"] < numbers["base_eval/unigram_bpb"]
+    assert numbers["base_eval/val_bpb"] < 4.0
+    assert numbers["base_train/steps"] == 30
+    assert numbers["prepare_data/tokens_kept_share"] > 0.99
+    card = (report / "report.md").read_text()
+    assert "unigram" in card
+    assert {path.name for path in report.glob("*.png")} == {"train_loss.png", "val_bpb.png"}
+
+
+def test_the_same_command_does_nothing_twice(finished: Path) -> None:
+    checkpoints = finished / "runs" / "mine" / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    done = run([sys.executable, "jobs/speedrun.py", *TINY], finished)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("complete, skipped") == 6
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+
+
+def test_the_model_of_the_run_loads_and_talks(finished: Path) -> None:
+    model, tokenizer = mc.load(str(finished / "runs" / "mine"))
+    assert model.config.n_layer == 2
+    assert tokenizer.vocab_size == 1024
+    said = run([sys.executable, "jobs/chat_cli.py", "--run", "mine", "-p", "Why is the sky blue?"], finished)
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert said.stdout.strip()
+
+
+def test_other_settings_under_the_same_name_are_refused(finished: Path) -> None:
+    (finished / "runs" / "mine" / "stages" / "base_train.json").unlink()
+    done = run([sys.executable, "jobs/base_train.py", *TINY, "--launcher", "local", "--matrix_lr", "0.3"], finished)
+    assert done.returncode == 1
+    assert "matrix_lr was 0.02, is 0.3" in done.stderr
+
+
+def test_unknown_flags_are_refused(finished: Path) -> None:
+    done = run([sys.executable, "jobs/speedrun.py", *TINY, "--no_such_flag", "1"], finished)
+    assert done.returncode == 2
+    assert "--no_such_flag" in done.stderr
