@@ -1,6 +1,6 @@
 """What Ray costs: the same training without Ray, through Ray with a memory map, and through Ray with Ray Data.
 
-    python jobs/bench_ray.py --depth 4 --width 256 --seq 512 --steps 30 --rounds 3
+    python jobs/bench_ray.py --depth 4 --width 256 --seq 512 --steps 60 --rounds 3
 
 All three train the same model on the same generated shards, one worker, interleaved round by round; compared is the
 median time of a step inside the loop. A table for people, JSON on the last line.
@@ -27,6 +27,7 @@ from jobs.launch import run_training
 from megacontext.config import GPTConfig, TrainConfig
 from megacontext.data.shards import Manifest, write_shard
 from megacontext.data.tokenizer import Tokenizer
+from megacontext.errors import UserError
 from megacontext.train.task import TrainTask
 
 WAYS = {
@@ -34,7 +35,7 @@ WAYS = {
     "ray_mmap": {"launcher": "ray", "stream": "mmap"},
     "ray_data": {"launcher": "ray", "stream": "ray"},
 }
-SKIPPED_STEPS = 40  # Ray starts spare processes beside the first ones, which import for some seconds
+SKIPPED_S = 15.0  # Ray starts processes beside the first steps, which import for some seconds
 VOCAB = 2048
 
 
@@ -56,9 +57,15 @@ def make_data(folder: Path, seq: int, rows: int) -> Tokenizer:
 
 
 def step_seconds(task: TrainTask) -> list[float]:
-    """Time of each step of a finished run, warm-up left out."""
+    """Time of each step of a finished run, those of the first seconds left out."""
     records = [json.loads(line) for line in Path(task.run_dir, "metrics.jsonl").read_text().splitlines()]
-    return [record["train/dt"] for record in records if "train/dt" in record][SKIPPED_STEPS:]
+    seconds = [record["train/dt"] for record in records if "train/dt" in record]
+    kept = [step for step, total in zip(seconds, np.cumsum(seconds), strict=True) if total > SKIPPED_S]
+    if not kept:
+        raise UserError(
+            f"{len(seconds)} steps took {sum(seconds):.0f} s, of which {SKIPPED_S:.0f} s are warm-up; raise --steps."
+        )
+    return kept
 
 
 def main() -> None:
@@ -67,7 +74,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="model width [default 256]")
     parser.add_argument("--seq", type=int, default=512, help="tokens of a row [default 512]")
     parser.add_argument("--device_batch_size", type=int, default=8, help="rows per micro-batch [default 8]")
-    parser.add_argument("--steps", type=int, default=30, help="steps of one run [default 30]")
+    parser.add_argument("--steps", type=int, default=60, help="steps of one run [default 60]")
+    parser.add_argument("--threads", type=int, default=0, help="cores of the training process; 0 is all [default 0]")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, interleaved [default 3]")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute dtype [default auto]"
@@ -80,7 +88,7 @@ def main() -> None:
             stage="base", run_dir="", train_tokens_dir=str(folder / "train"), val_tokens_dir=str(folder / "val"),
             tokenizer_dir=str(folder / "tokenizer"), seed=1, dtype=flags.dtype,
             gpt=replace(GPTConfig.from_depth(flags.depth, vocab_size=VOCAB, sequence_len=flags.seq, width=flags.width)),
-            train=TrainConfig(num_iterations=flags.steps + SKIPPED_STEPS, device_batch_size=flags.device_batch_size,
+            train=TrainConfig(num_iterations=flags.steps, device_batch_size=flags.device_batch_size,
                               total_batch_size=flags.device_batch_size * flags.seq, eval_every=-1, save_every=-1,
                               eval_tokens=flags.seq, log_every=1000),
         )  # fmt: skip
@@ -89,7 +97,12 @@ def main() -> None:
             for way, settings in WAYS.items():
                 train = replace(base.train, stream=settings["stream"])
                 task = replace(base, run_dir=str(folder / f"{way}{number}"), train=train)
-                run_training(task, cli.resolve({"tier": "cpu", "base_dir": name, "wandb": "off", **settings}))
+                run_training(
+                    task,
+                    cli.resolve(
+                        {"tier": "cpu", "base_dir": name, "wandb": "off", "cpus_per_worker": flags.threads, **settings}
+                    ),
+                )
                 seconds[way].append(statistics.median(step_seconds(task)))
     tokens = base.train.total_batch_size
     result: dict[str, float] = {f"{way}_tok_per_s": tokens / statistics.median(times) for way, times in seconds.items()}

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs.cluster import QUIET
 from megacontext.errors import UserError
 from megacontext.telemetry.provenance import ram_bytes
 
@@ -51,7 +52,7 @@ class OneMachineCluster:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is no other node that work could drain to
         }
         dropped = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
-        self.client_environment = {k: v for k, v in self._base.items() if k not in dropped} | ours
+        self.client_environment = QUIET | {k: v for k, v in self._base.items() if k not in dropped} | ours
 
     def start(self) -> None:
         """Start the cluster and wait until its Jobs API answers. Raises UserError with the end of its log otherwise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megacontext import precision, storage
-from megacontext.config import GPTConfig
+from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model.gpt import GPT
@@ -46,6 +46,8 @@ def load(
     if own is not None:
         loaded = load_checkpoint(own, with_optimizer=False)
         model = GPT(GPTConfig(**loaded.meta["model_config"]))
+        if loaded.meta.get("memory_config"):
+            model.attach_memory(MemoryConfig(**loaded.meta["memory_config"]))
         load_weights(model, loaded.model, own)
         tokenizer_dir = storage.join(own, "tokenizer")
     else:

@@ -34,6 +34,7 @@ class GPTConfig:
     n_head: int
     n_kv_head: int
     n_embd: int
+    token_shift: bool = False  # each embedding also carries the token before it; not in nanochat
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -53,7 +54,14 @@ class GPTConfig:
 
     @classmethod
     def from_depth(
-        cls, depth: int, *, vocab_size: int, sequence_len: int, width: int = 0, n_kv_head: int = 0
+        cls,
+        depth: int,
+        *,
+        vocab_size: int,
+        sequence_len: int,
+        width: int = 0,
+        n_kv_head: int = 0,
+        token_shift: bool = False,
     ) -> GPTConfig:
         """The one dial: width 64·depth unless given; heads of 128, of 64 below depth 4 or where 128 does not divide."""
         n_embd = width or 64 * depth
@@ -66,6 +74,7 @@ class GPTConfig:
             n_head=n_head,
             n_kv_head=n_kv_head or n_head,
             n_embd=n_embd,
+            token_shift=token_shift,
         )
 
 
@@ -123,6 +132,10 @@ class ModelConfig:
     depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)")
     width: int = flag(0, "model width; 0 derives it from depth")
     n_kv_head: int = flag(0, "key/value heads; 0 is one per query head")
+    token_shift: int = flag(
+        0,
+        "mix each token's embedding with that of the token before it; recall is learned sooner; not in nanochat (0 or 1)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,80 @@ class TrainConfig:
         "how rows reach the workers: Ray Data, or a memory map of the same rows; auto is ray under Ray",
         ("auto", "ray", "mmap"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """MegaContext: the gist tree, what fills the working context, and how both are trained. Lengths in tokens or entries."""
+
+    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)")
+    block_size: int = flag(32, "children per gist")
+    max_lod: int = flag(2, "highest level in training; inference uses as many as the history needs")
+    gistnet_type: str = flag("transformer", "what makes a gist of its children", ("transformer", "mean"))
+    gistnet_layers: int = flag(2, "transformer layers over the children of a gist")
+    gistnet_pooling: str = flag("mean", "how the layers' outputs become one vector", ("mean", "query", "cls"))
+    gistnet_head: str = flag("mlp", "last step of a gist", ("linear", "mlp"))
+    lensnet_type: str = flag("transformer", "what scores the entries", ("transformer",))
+    lensnet_layers: int = flag(2, "transformer layers over the entries")
+    lensnet_head: str = flag("mlp", "from an entry's state to its score", ("linear", "mlp"))
+    routing_slots: int = flag(4, "routing keys of a node; 0 turns routing off")
+    routing_width: int = flag(64, "numbers in a routing key")
+    positional_type: str = flag(
+        "slot",
+        "rotary position of an entry: its number in the context, its mean true position, or the expectation over its span",
+        ("slot", "simple", "gaussian"),
+    )
+    allocator_type: str = flag("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
+    allocator_soft_max_length: int = flag(0, "budget in entries when training looks at focus; 0 is the sequence length")
+    allocator_recent_tokens: int = flag(128, "newest tokens that stay raw")
+    allocator_expand_threshold: float = flag(0.1, "score above which an entry may be expanded")
+    allocator_collapse_threshold: float = flag(0.1, "a group may collapse when its mean score is below minus this")
+    allocator_max_replacements: int = flag(4, "edits per iteration")
+    allocator_iterations: int = flag(2, "iterations per refocus")
+    allocator_sample_top_k: int = flag(4, "candidates that stochastic_greedy draws from")
+    allocator_sample_temperature: float = flag(1.0, "temperature of that draw")
+    mc_tree: str = flag("ram", "where a session's tree lives", ("ram", "disk"))
+    mc_num_random_variants: int = flag(4, "extra working contexts per sequence, N")
+    mc_train_wc_length: int = flag(0, "entries of a variant at the end of training; 0 is a fifth of the sequence")
+    mc_max_counterfactuals: int = flag(0, "single edits measured per sequence for LensNet")
+    mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks")
+    mc_auto_batch: int = flag(1, "shrink the device batch so that the views of --mc fit where the rows did (0 or 1)")
+    mc_gist_loss_weight: float = flag(1.0, "weight of the loss on the variants' entries")
+    mc_route_loss_weight: float = flag(1.0, "weight of the loss that finds the block of a known answer")
+    mc_lens_loss_weight: float = flag(0.1, "weight of the lens loss")
+    mc_lens_temperature: float = flag(1.0, "of its Bradley-Terry term; lower is sharper")
+    mc_lens_adv_norm_beta: float = flag(0.9, "memory of the running scale of advantages")
+    mc_lens_kl_weight: float = flag(0.0, "weight of the divergence of the scores from an even distribution")
+    mc_lens_budget_smooth_weight: float = flag(0.0, "weight that holds the mean score near its running mean")
+    mc_lens_budget_smooth_beta: float = flag(0.9, "memory of that running mean")
+    mc_lens_hard_negative_ratio: float = flag(1.0, "share of pairs kept, most wrongly ordered first")
+    mc_lens_rank_weight: float = flag(0.5, "weight of the margin ranking term")
+    mc_lens_budget_weight: float = flag(
+        0.1, "weight that keeps the mean score at zero: as much to collapse as to expand"
+    )
+    mc_lens_margin: float = flag(0.1, "margin of the ranking term")
+    mc_aux_dtype: str = flag("auto", "dtype of GistNet and LensNet; auto is the model's", ("auto", "fp32", "bf16"))
+    mc_eval_soft_max_length: int = flag(0, "budget of evaluation and inference in entries; 0 is the sequence length")
+    mc_infer_allocator_max_replacements: int = flag(8, "edits per iteration at inference")
+    mc_infer_allocator_iterations: int = flag(8, "iterations per refocus at inference; one level deeper each")
+    mc_infer_refocus_interval: int = flag(32, "new tokens between refocuses at inference")
+
+    def __post_init__(self) -> None:
+        at_least = {"block_size": 2, "max_lod": 1, "routing_slots": 0, "routing_width": 1, "mc_num_random_variants": 0,
+                    "mc_infer_refocus_interval": 1, "allocator_recent_tokens": 1}  # fmt: skip
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}.")
+        if self.gistnet_layers not in (2, 4) or self.lensnet_layers not in (2, 4, 8):
+            raise UserError(
+                f"--gistnet_layers {self.gistnet_layers} must be 2 or 4, --lensnet_layers {self.lensnet_layers} 2, 4 or 8."
+            )
+        if self.routing_slots and self.block_size % self.routing_slots:
+            raise UserError(
+                f"--block_size {self.block_size} is not a multiple of --routing_slots {self.routing_slots}; each key covers as many tokens."
+            )
+        if not 0 <= self.mc_recall_share <= 1:
+            raise UserError(f"--mc_recall_share is {self.mc_recall_share}; a share lies between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

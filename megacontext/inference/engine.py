@@ -53,6 +53,7 @@ class PromptCache:
         limit = min(len(self.ids), self.kv.length, len(prompt) - 1)
         same = next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
         self.kv.truncate(same)
+        self.kv.last_ids = torch.tensor([prompt[same - 1]], device=self.kv.keys.device) if same else None
         del self.ids[same:]
         return same
 

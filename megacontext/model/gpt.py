@@ -7,48 +7,22 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from megacontext.config import GPTConfig
+from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.model.attention import CausalSelfAttention, Linear
 from megacontext.model.cross_entropy import linear_cross_entropy, softcapped
 from megacontext.model.kv_cache import KVCache
+from megacontext.model.memory import Memory
+from megacontext.model.mlp import MLP
 from megacontext.model.norm import rms_norm
 from megacontext.model.rotary import Rotary, RotaryTable
+from megacontext.model.rotary_entries import entry_rotary
 
 SOFTCAP = 15.0
-
-
-class _ReluSquared(torch.autograd.Function):
-    """relu(x)²; its slope, 2·relu(x), is zero where relu is, so relu(x) is all the backward needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        positive = x.clamp(min=0)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (positive,) = ctx.saved_tensors
-        slope: torch.Tensor = 2 * positive
-        return slope.mul_(grads[0])
-
-
-class MLP(nn.Module):
-    """D to 4·D, relu², and back."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = _ReluSquared.apply(self.c_fc(x))  # type: ignore[no-untyped-call]
-        return self.c_proj(hidden)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -84,6 +58,8 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.token_shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
+        self.memory: Memory | None = None
         self.rotary_table = RotaryTable(config.head_dim)
 
     @property
@@ -98,12 +74,24 @@ class GPT(nn.Module):
         zeros in lm_head and in the output projections, so that every block starts as the identity.
         """
         for name, parameter in self.named_parameters():
+            if name.startswith("memory."):
+                continue
+            if name == "token_shift":
+                parameter.fill_(0.5)
+                continue
             if name == "lm_head.weight" or name.endswith("c_proj.weight"):
                 parameter.zero_()
                 continue
             fan_out, fan_in = parameter.shape
             std = 1.0 if name == "transformer.wte.weight" else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
             parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+        if self.memory is not None:  # after the GPT, whose weights are then those without a memory
+            self.memory.init_weights(generator)
+
+    def attach_memory(self, config: MemoryConfig) -> Memory:
+        """Give the model a memory, not yet initialized; its parameters are `memory.*` of the state dict."""
+        self.memory = Memory(self.config, config, self.embed).to(self.device)
+        return self.memory
 
     @torch.no_grad()
     def prepare_inference(self) -> None:
@@ -130,9 +118,44 @@ class GPT(nn.Module):
             batch, c.n_layer, c.n_kv_head, c.head_dim, capacity, self.compute_dtype, self.device, max_capacity
         )
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Normed token embeddings: ids [B, T] int64 to [B, T, D] in compute_dtype."""
-        return rms_norm(self.transformer["wte"](ids), self.compute_dtype)
+    def embed(self, ids: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Normed token embeddings: ids [B, T] int64 to [B, T, D] in compute_dtype.
+
+        With token_shift each carries a share of the embedding of the token before it in the text: `previous` [B, T],
+        -1 where there is none, or the ids themselves moved by one.
+        """
+        x = self.transformer["wte"](ids)
+        if self.token_shift is None:
+            return rms_norm(x, self.compute_dtype)
+        x = rms_norm(x)
+        if previous is None:
+            before = nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            before = rms_norm(self.transformer["wte"](previous.clamp(min=0))) * (previous >= 0)[..., None]
+        return rms_norm(x + self.token_shift * before, self.compute_dtype)
+
+    def embed_entries(
+        self, ids: torch.Tensor, previous: torch.Tensor, content: torch.Tensor, lod: torch.Tensor
+    ) -> torch.Tensor:
+        """Inputs [B, L, D] of a working context: tokens where lod is 0, gists elsewhere.
+
+        ids, previous, lod [B, L] int64; content [B, L, D]: gists of the memory, or means of embeddings for a model
+        without one. What ids hold at gists, and content at tokens, is not used.
+        """
+        gists = content.to(self.compute_dtype)
+        gists = rms_norm(gists) if self.memory is None else self.memory.tagged(gists, lod)
+        return torch.where((lod == 0)[..., None], self.embed(ids, previous), gists)
+
+    def entry_rotary(
+        self,
+        positions: torch.Tensor,
+        sigmas: torch.Tensor,
+        slots: torch.Tensor,
+        end: torch.Tensor | None = None,
+    ) -> Rotary:
+        """Rotary of entries, by the memory's positional_type (slots without a memory); see `rotary_entries`."""
+        kind = "slot" if self.memory is None else self.memory.config.positional_type
+        return entry_rotary(kind, positions, sigmas, slots, self.config.head_dim, self.config.sequence_len, end)
 
     def trunk(
         self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
@@ -155,7 +178,8 @@ class GPT(nn.Module):
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] of token ids [B, T] that follow what the cache holds."""
         start = 0 if cache is None else cache.length
-        return self.trunk(self.embed(ids), self.rotary_table.slice(start, ids.shape[1], ids.device), cache)
+        x = self.embed(ids) if cache is None else self.embed(ids, cache.previous_of(ids))
+        return self.trunk(x, self.rotary_table.slice(start, ids.shape[1], ids.device), cache)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits [B, T, V] float32 of token ids [B, T] int64; with a cache, ids continue it and are added to it."""

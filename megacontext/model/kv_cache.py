@@ -29,6 +29,7 @@ class KVCache:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         self.max_capacity = max_capacity
+        self.last_ids: torch.Tensor | None = None  # [B] newest ids, for models whose embedding looks one token back
 
     @property
     def batch(self) -> int:
@@ -54,6 +55,12 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def previous_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """The id before each of the new ids [B, T], -1 where there is none; remembers the last of them."""
+        last = self.last_ids if self.last_ids is not None and self.length else ids.new_full((ids.shape[0],), -1)
+        self.last_ids = ids[:, -1]
+        return torch.cat([last[:, None], ids[:, :-1]], 1)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` positions, written in every layer, as filled."""
@@ -91,6 +98,7 @@ class KVCache:
         copy.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
         copy.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
         copy.length = self.length
+        copy.last_ids = None if self.last_ids is None else self.last_ids.expand(batch)
         return copy
 
     def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from megacontext import storage
 from megacontext.config import GPTConfig
-from megacontext.errors import CheckpointError
+from megacontext.errors import CheckpointError, UserError
 from megacontext.model.gpt import GPT
 
 # Later stages first: the newest of these is what a base directory is asked for.
@@ -104,16 +104,19 @@ def save_nanochat_model(
     """Write weights and meta below a base directory (local or fsspec) in nanochat's layout; returns the tag folder.
 
     The tag is d<layers> unless given. `meta` is stored as it is, with step and model_config set from the arguments.
-    The meta file is written last, so a half-written checkpoint is never found complete.
+    The meta file is written last, so a half-written checkpoint is never found complete. A memory stays behind: nanochat
+    has no room for it. Raises UserError for a model with token_shift, which nanochat could not compute.
     """
+    if model.config.token_shift:
+        raise UserError("nanochat has no token shift, so it cannot run this model; train it with --token_shift 0.")
     folder = storage.join(base_dir, f"{kind}_checkpoints", tag or f"d{model.config.n_layer}")
     model_name, meta_name = _names(step)
+    shape = {key: value for key, value in asdict(model.config).items() if key != "token_shift"}
     buffer = io.BytesIO()
-    torch.save({key: value.detach().cpu().clone() for key, value in model.state_dict().items()}, buffer)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith("memory.")}
+    torch.save({key: value.detach().cpu().clone() for key, value in weights.items()}, buffer)
     storage.write_bytes(storage.join(folder, model_name), buffer.getvalue())
-    storage.write_json(
-        storage.join(folder, meta_name), {**(meta or {}), "step": step, "model_config": asdict(model.config)}
-    )
+    storage.write_json(storage.join(folder, meta_name), {**(meta or {}), "step": step, "model_config": shape})
     return folder
 
 

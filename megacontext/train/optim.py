@@ -44,7 +44,9 @@ def gpt_groups(model: nn.Module, config: TrainConfig) -> list[ParamGroup]:
     blocks = {name: p for name, p in named.items() if name.startswith("transformer.h.")}
     head = {"lm_head.weight": named["lm_head.weight"]}
     embedding = {"transformer.wte.weight": named["transformer.wte.weight"]}
+    shift = {"token_shift": named["token_shift"]} if "token_shift" in named else {}
     return [
+        *([ParamGroup("adamw", shift, 0.1 * config.embedding_lr * scale)] if shift else []),
         ParamGroup("adamw", head, config.unembedding_lr * scale, weight_decay=decay),
         ParamGroup("adamw", embedding, config.embedding_lr * scale, weight_decay=decay),
         ParamGroup("muon", blocks, config.matrix_lr),

@@ -1,0 +1,122 @@
+"""What a refocus looks at: the entries of a working context as inputs of the model, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megacontext.context.tree import Tree
+from megacontext.context.working_context import WorkingContext
+from megacontext.inference.search import Found, search
+from megacontext.model.gpt import GPT
+from megacontext.model.rotary import Rotary
+from megacontext.model.router import QUERY_TOKENS
+
+F64 = npt.NDArray[np.float64]
+TOP_K = 8  # blocks that may answer a query
+MAX_VISITS = 256  # nodes opened by a search: bounds a refocus at any length of history
+SCARCITY = 0.5  # how much worse off is what was not asked for, when something is asked for with certainty
+
+
+def entry_inputs(model: GPT, tree: Tree, context: WorkingContext, start: int = 0) -> tuple[torch.Tensor, Rotary]:
+    """Inputs [1, L - start, D] and rotary of the entries of a context from number `start` on."""
+    lod, index = context.lod[start:], context.index[start:]
+    raw = lod == 0
+    ids, previous = np.zeros(len(lod), np.int64), np.full(len(lod), -1, np.int64)
+    for first, last in _runs(index[raw]):
+        at = np.flatnonzero(raw)[np.searchsorted(index[raw], np.arange(first, last))]
+        low = max(first - 1, 0)
+        span = tree.ids(low, last).numpy()
+        ids[at] = span[first - low :]
+        previous[at] = span[: len(span) - 1] if first > 0 else np.concatenate([[-1], span[:-1]])
+    width = model.config.n_embd
+    content = torch.zeros(len(lod), width)
+    for level in np.unique(lod[~raw]).tolist():
+        at = np.flatnonzero(lod == level)
+        content[torch.from_numpy(at)] = tree.records(level, index[at])[:, :width].float()
+    device = model.device
+    given = [torch.from_numpy(array)[None].to(device) for array in (ids, previous, lod.copy())]
+    x = model.embed_entries(given[0], given[1], content[None].to(device), given[2])
+    slots = torch.arange(start, start + len(lod), device=device)[None]
+    places = [torch.from_numpy(a[start:].copy())[None].to(device) for a in (context.positions, context.sigmas)]
+    end = torch.tensor([context.tokens], device=device)
+    return x, model.entry_rotary(places[0], places[1], slots, end)
+
+
+class LensScorer:
+    """Scores of a context for the query that the newest tokens are: a `ScoreFunction` of the allocator.
+
+    The search runs once; LensNet once for every context it is asked about. Entries over a found block are raised by
+    the probability that the block is the one asked for, and everything else is lowered in proportion: detail that
+    nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out, `route=False` the search.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tree: Tree,
+        tail: int,
+        *,
+        lens: bool = True,
+        route: bool = True,
+        find: Callable[[torch.Tensor], Found] | None = None,
+    ) -> None:
+        assert model.memory is not None
+        self.model, self.tree, self.memory, self.lens = model, tree, model.memory, lens
+        self.found: Found | None = None
+        self.probability = np.empty(0)
+        before = max(0, tree.tokens - tail) // tree.block_size * tree.block_size
+        if route and self.memory.router is not None and before and tree.tokens:
+            newest = tree.ids(max(0, tree.tokens - QUERY_TOKENS), tree.tokens)[None].to(model.device)
+            with torch.no_grad():
+                query = self.memory.query(newest)[0]
+                self.found = find(query) if find else search(tree, self.memory, query, TOP_K, MAX_VISITS, before)
+                self.probability = self._probability(self.found)
+
+    @torch.no_grad()
+    def __call__(self, context: WorkingContext) -> F64:
+        """Scores [L] in [-1, 1] of a context's entries."""
+        score = np.zeros(len(context))
+        if self.lens:
+            x, rotary = entry_inputs(self.model, self.tree, context)
+            lod = torch.from_numpy(context.lod.copy())[None].to(x.device)
+            score = self.memory.scores(x, lod, rotary)[0].cpu().double().numpy()
+        if self.found is None or not len(self.found.block):
+            return score
+        route = self.route(context)
+        total: F64 = np.clip(route + (1 - route) * score - SCARCITY * (route.max() - route), -1.0, 1.0)
+        return total
+
+    def route(self, context: WorkingContext) -> F64:
+        """Probability [L] that an entry covers, or is part of, what is asked for."""
+        assert self.found is not None
+        r = context.block_size
+        route = np.zeros(len(context))
+        token = self.found.block * r
+        entry = np.searchsorted(context.starts, token, side="right") - 1
+        np.add.at(route, entry, self.probability)
+        for at, probability in zip(
+            entry[context.lod[entry] == 0], self.probability[context.lod[entry] == 0], strict=True
+        ):
+            route[at : at + r] = probability  # a raw block is asked for as a whole
+        return np.minimum(route, 1.0)
+
+    def _probability(self, found: Found) -> F64:
+        """Softmax of the matches over all blocks that were read."""
+        assert self.memory.router is not None
+        matches = torch.from_numpy(np.concatenate([found.match, found.others]))
+        logits = self.memory.router.logits(matches.to(self.model.device))
+        probability: F64 = logits.double().softmax(0)[: len(found.match)].cpu().numpy()
+        return probability
+
+
+def _runs(index: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Maximal runs of consecutive numbers as [first, last)."""
+    if not len(index):
+        return []
+    cuts = np.flatnonzero(np.diff(index) != 1) + 1
+    firsts, lasts = index[np.concatenate([[0], cuts])], index[np.concatenate([cuts - 1, [len(index) - 1]])]
+    return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
