@@ -11,18 +11,20 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import replace
 from typing import Any
 
 from jobs import cli
 from jobs.launch import run_training
 from jobs.stage import run_stage
-from megacontext.config import DataConfig, GPTConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.config import DataConfig, GPTConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import UserError
 from megacontext.telemetry import provenance
+from megacontext.train.auto_batch import fitting_batch
 from megacontext.train.task import TrainTask
 
-SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig]
+SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig]
 STAGE = "base"
 
 
@@ -37,6 +39,7 @@ def task_of(args: cli.Args) -> TrainTask:
     where = cli.paths(args)
     tokenizer = Tokenizer.load(where.tokenizer_dir)
     train_dir, val_dir = token_dirs(args)
+    memory = args.memory if args.memory.mc else None
     return TrainTask(
         stage=STAGE,
         run_dir=where.run_dir,
@@ -49,14 +52,28 @@ def task_of(args: cli.Args) -> TrainTask:
             sequence_len=args.data.max_seq_len,
             width=args.model.width,
             n_kv_head=args.model.n_kv_head,
+            token_shift=bool(args.model.token_shift),
         ),
-        train=args.train,
+        train=args.train if memory is None else with_fitting_batch(args.train, memory, args.data.max_seq_len),
+        memory=memory,
         seed=args.run.seed,
         dtype=args.run.dtype,
         compile=args.run.compile,
         verify_shards=bool(args.data.verify_shards),
         provenance=provenance.collect(),
     )
+
+
+def with_fitting_batch(train: TrainConfig, memory: MemoryConfig, tokens: int) -> TrainConfig:
+    """The training settings with a device batch whose views fit; says so when it is another one."""
+    fitting = fitting_batch(train.device_batch_size, memory, tokens)
+    if fitting != train.device_batch_size:
+        print(
+            f"--mc_auto_batch: device batch {train.device_batch_size} -> {fitting} rows, so that their views fit where the "
+            f"rows did; tokens per step stay {train.total_batch_size}",
+            flush=True,
+        )
+    return replace(train, device_batch_size=fitting)
 
 
 def run(args: cli.Args) -> dict[str, Any]:

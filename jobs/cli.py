@@ -17,6 +17,7 @@ from megacontext.config import (
     TIERS,
     DataConfig,
     EvalConfig,
+    MemoryConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -30,8 +31,11 @@ SECTIONS: Mapping[str, type[Any]] = {
     "data": DataConfig,
     "model": ModelConfig,
     "train": TrainConfig,
+    "memory": MemoryConfig,
     "eval": EvalConfig,
 }
+
+_SWITCHES = frozenset({"mc"})  # flags that may stand without their value, which is then 1
 
 
 class Args(SimpleNamespace):
@@ -41,6 +45,7 @@ class Args(SimpleNamespace):
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    memory: MemoryConfig
     eval: EvalConfig
 
 
@@ -65,15 +70,19 @@ def parse(sections: Sequence[type[Any]], description: str | None, argv: Sequence
     for section in sections:
         group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
         for item in fields(section):
+            switch = {"nargs": "?", "const": 1} if item.name in _SWITCHES else {}
             group.add_argument(
                 f"--{item.name}",
+                **switch,
                 type=type(item.default),
                 default=argparse.SUPPRESS,
                 choices=item.metadata["choices"] or None,
                 metavar=None if item.metadata["choices"] else type(item.default).__name__.upper(),
                 help=f"{item.metadata['help']} [{tier_note(item.name, item.default)}]".replace("%", "%%"),
             )
-    return resolve(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    resolved: Args = finish(lambda: resolve(given))
+    return resolved
 
 
 def tier_note(name: str, default: Any) -> str:
@@ -151,9 +160,9 @@ def _source_name(args: Args) -> str:
     return f"web-{args.data.data_shards}"
 
 
-def finish(work: Callable[[], Any]) -> None:
-    """Run a job's work; a user's error ends it with its message and exit status 1 instead of a traceback."""
+def finish(work: Callable[[], Any]) -> Any:
+    """Run a job's work and return its result; a user's error ends it with its message and exit status 1, no traceback."""
     try:
-        work()
+        return work()
     except MegaContextError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -15,9 +15,9 @@ if __package__ in (None, ""):
 
 from jobs import base_eval, base_train, cli, prepare_data, prepare_text, report, tok_eval, tok_train
 from jobs.stage import run_stage
-from megacontext.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.config import DataConfig, EvalConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 
-SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, EvalConfig]
+SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, EvalConfig]
 
 STAGES = {
     "prepare_text": prepare_text.run,

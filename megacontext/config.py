@@ -209,8 +209,14 @@ class MemoryConfig:
     mc_train_wc_length: int = flag(0, "entries of a variant at the end of training; 0 is a fifth of the sequence")
     mc_max_counterfactuals: int = flag(0, "single edits measured per sequence for LensNet")
     mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks")
+    mc_recall_answer_weight: float = flag(
+        16.0, "weight of an answer's token in the loss, where its evidence is raw; other tokens have 1"
+    )
     mc_auto_batch: int = flag(1, "shrink the device batch so that the views of --mc fit where the rows did (0 or 1)")
     mc_gist_loss_weight: float = flag(1.0, "weight of the loss on the variants' entries")
+    mc_gist_penalty_weight: float = flag(
+        0.1, "in that loss: weight of how far the variants' states of the shared tail are from those of the raw row"
+    )
     mc_route_loss_weight: float = flag(1.0, "weight of the loss that finds the block of a known answer")
     mc_lens_loss_weight: float = flag(0.1, "weight of the lens loss")
     mc_lens_temperature: float = flag(1.0, "of its Bradley-Terry term; lower is sharper")
@@ -260,11 +266,11 @@ class EvalConfig:
 TIERS: Mapping[str, Mapping[str, Any]] = {
     "cpu": dict(depth=4, width=256, max_seq_len=512, vocab_size=8192, device_batch_size=8, total_batch_size=4096,
                 max_minutes=5.5, warmdown_ratio=0.5, eval_every=200, eval_tokens=65_536, sample_every=-1, save_every=100, log_every=10,
-                core_max_per_task=20),
-    "5090": dict(depth=12, device_batch_size=16, data_shards=110),
-    "h100": dict(depth=12, device_batch_size=32, data_shards=110),
-    "speedrun": dict(depth=20, device_batch_size=32, data_shards=240),
-    "run1000": dict(depth=32, device_batch_size=8, data_shards=800),
+                core_max_per_task=20, mc_recall_share=0.25),
+    "5090": dict(depth=12, device_batch_size=16, data_shards=110, mc_recall_share=0.25),
+    "h100": dict(depth=12, device_batch_size=32, data_shards=110, mc_recall_share=0.25),
+    "speedrun": dict(depth=20, device_batch_size=32, data_shards=240, mc_recall_share=0.25),
+    "run1000": dict(depth=32, device_batch_size=8, data_shards=800, mc_recall_share=0.25),
 }  # fmt: skip
 
 

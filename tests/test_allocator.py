@@ -172,6 +172,31 @@ def test_scores_decide_who_makes_room() -> None:
     assert len(after) == 37
 
 
+def test_a_refocus_makes_room_by_its_scores() -> None:
+    """The oldest block is wanted and stays, the one that scores lowest goes."""
+    context = WorkingContext.all_raw(40, R)
+    allocator = FocusAllocator(AllocatorConfig(budget=40, recent_tokens=4))
+    after, report = allocator.refocus(
+        context, lambda c: np.where((c.index >= 20) & (c.index < 24), -0.1, 0.1), headroom=3
+    )
+    assert set(context.entries) - set(after.entries) == {(0, i) for i in range(20, 24)}
+    assert (report.forced_collapses, report.edits) == (1, 0)
+
+
+def test_what_an_append_folded_away_can_be_expanded_at_once() -> None:
+    """No cooldown holds it back: nothing has been predicted from it as it was."""
+    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=6, iterations=8))
+    context = allocator.extend(WorkingContext.all_raw(0, R), 700)
+
+    def wants_a_block(context: WorkingContext) -> np.ndarray:  # type: ignore[type-arg]
+        return np.where((np.arange(len(context)) == context.at_token(101)) | (context.starts // R == 25), 1.0, -0.5)
+
+    assert context.lod[context.at_token(101)] >= 2
+    after, report = allocator.refocus(context, wants_a_block)
+    assert (0, 101) in after.entries
+    assert report.forced_reversals == 0
+
+
 def test_a_budget_that_cannot_hold_the_roots_is_refused() -> None:
     allocator = FocusAllocator(AllocatorConfig(budget=20, recent_tokens=8, max_lod=1))
     with pytest.raises(UserError, match="Raise the budget to"):

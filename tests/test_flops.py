@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from megacontext.config import GPTConfig
+from megacontext.config import GPTConfig, MemoryConfig
+from megacontext.context.gist_function import build_levels
 from megacontext.model.flops import (
     count_params,
     decode_flops_per_token,
     forward_flops_per_token,
+    gist_flops,
+    lens_flops,
     matmul_params,
     peak_flops,
     peak_flops_by_name,
+    routing_key_flops,
     train_flops_per_token,
+    tree_flops,
 )
 from megacontext.model.gpt import GPT
 
@@ -45,6 +52,39 @@ def test_forward_flops_equal_those_torch_counts() -> None:
     if "scaled_dot" not in str(counter.get_flop_counts()):  # the CPU kernel is not in torch's table
         counted += attention
     assert counted == forward_flops_per_token(CONFIG) * 2 * 64
+
+
+def counted(work: Callable[[], object]) -> int:
+    """FLOPs that torch counts, in matrix products alone: the CPU's attention kernel is not in its table."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work()
+    assert "scaled_dot" not in str(counter.get_flop_counts())
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_flops_of_a_memory_equal_those_torch_counts(pooling: str, head: str) -> None:
+    memory = MemoryConfig(block_size=4, gistnet_pooling=pooling, gistnet_head=head, lensnet_head=head, routing_slots=2,
+                          routing_width=8)  # fmt: skip
+    model = GPT(CONFIG)
+    ours = model.attach_memory(memory)
+    model.init_weights()
+    ids = torch.zeros(1, 64, dtype=torch.int64)
+    children, gists = 4 + (pooling == "cls"), 16 + 4
+    attention = gists * 2 * children * 4 * 32 * children  # layers · entries · (scores and values)
+    assert counted(lambda: build_levels(ids, ours, 2)) + attention == tree_flops(CONFIG, memory, 64)
+    assert tree_flops(CONFIG, memory, 64) == gist_flops(CONFIG, memory, gists) + routing_key_flops(CONFIG, memory, 64)
+    x, lod = torch.randn(1, 30, 32), torch.zeros(1, 30, dtype=torch.int64)
+    rotary = model.rotary_table.slice(0, 30, x.device)
+    assert counted(lambda: ours.scores(x, lod, rotary)) + 2 * 30 * 4 * 32 * 30 == lens_flops(CONFIG, memory, 30)
+
+
+def test_parts_that_a_memory_lacks_cost_nothing() -> None:
+    assert gist_flops(CONFIG, MemoryConfig(gistnet_type="mean"), 9) == 0
+    assert routing_key_flops(CONFIG, MemoryConfig(routing_slots=0), 64) == 0
 
 
 def test_decode_grows_with_what_is_attended() -> None:

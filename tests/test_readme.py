@@ -22,6 +22,10 @@ TESTED_BY = {
     'make speedrun ARGS="--run mine --depth 6"': "test_speedrun.py",
     'python jobs/chat_cli.py --run mine -p "Why is the sky blue?"': "test_speedrun.py",
     "ray job submit --working-dir . -- python jobs/speedrun.py": "test_submit.py",
+    'make speedrun ARGS="--run memory --mc --token_shift 1 --mc_recall_share 0.3"': "test_speedrun.py",
+    "python jobs/recall_eval.py --help": "here",
+    "python jobs/memory_eval.py --help": "here",
+    "python jobs/recall_ladder.py --help": "here",
     "python jobs/base_train.py --help": "here",
     "python jobs/report.py --run mine": "here",
     "cluster/setup.sh --help": "here",
@@ -147,6 +151,7 @@ def test_the_library_example_runs(tmp_path: Path, shared_data: Path) -> None:
     code = code.replace("path/to/checkpoint", str(shared_data / "nanochat_parity")).replace(
         "path/to/export", str(tmp_path / "export")
     )
+    code = code.replace("path/to/session", str(tmp_path / "session"))
     space: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), space)
     assert space["logits"].shape[:2] == (1, len(space["ids"]))  # type: ignore[attr-defined,arg-type]

@@ -160,3 +160,23 @@ def test_report_json_is_plain_json(tmp_path: Path) -> None:
     make_run(str(tmp_path / "r"))
     report.write_report(str(tmp_path / "r"))
     json.loads((tmp_path / "r" / "report" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_pictures_and_focus_metrics_of_stages_are_in_the_report(tmp_path: Path) -> None:
+    run_dir = str(tmp_path / "r")
+    metrics = {"eval/delta_nll": 0.04, "eval/cgr": -0.2, "eval/lens_recall": 0.95, "eval/lens_regret": 0.08}
+    report.write_stage(run_dir, "memory_eval", 1.0, 0.0, {f"memory_eval/{k}": v for k, v in metrics.items()},
+                       {"memory_eval/table": "method  nll\nours    3.1"})  # fmt: skip
+    png = plots.plot_metric([{"stage": "s", "total_tokens": n, "x": n} for n in (1, 2)], "x", "x", "x")
+    assert png is not None
+    report.write_picture(run_dir, "memory_eval", png)
+    written = report.write_report(run_dir)
+    assert written.plots == ["memory_eval.png"]
+    assert (tmp_path / "r" / "report" / "memory_eval.png").read_bytes() == png
+    text = (tmp_path / "r" / "report" / "report.md").read_text()
+    assert "![memory_eval](memory_eval.png)" in text
+    assert "method  nll\nours    3.1" in text
+    states = {v.target.metric: v.state for v in judge(written.numbers, False)}
+    expected = {"eval/delta_nll": "ok", "eval/cgr": "ALERT", "eval/lens_recall": "ok", "eval/lens_regret": "miss"}
+    assert states == expected
+    assert "memory_eval/eval/cgr: -0.2" in report.card(written)

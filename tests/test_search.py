@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_a_parent_bounds_its_children(model: GPT) -> None:
         model.memory.match(query, model.memory.keys(tree.record_range(level, 0, tree.count(level))))
         for level in range(1, tree.levels + 1)
     ]
-    for children, parents in zip(match, match[1:], strict=False):
+    for children, parents in itertools.pairwise(match):
         assert (children[: len(parents) * 8].view(-1, 8).amax(1) <= parents + 1e-6).all()
 
 
@@ -61,7 +63,8 @@ def test_a_cap_bounds_the_work_and_says_so(model: GPT) -> None:
     tree.append(history(4096, 7))
     query = model.memory.query(torch.from_numpy(history(9, 8))[None])[0].detach()
     found = search(tree, model.memory, query, 5, 3, 4096)
-    assert found.visits <= 3 and not found.exact
+    assert found.visits <= 3
+    assert not found.exact
     assert len(set(found.block.tolist())) == len(found.block)
     assert (np.diff(found.match) <= 0).all()
 
@@ -72,4 +75,5 @@ def test_nothing_to_find_before_the_first_block(model: GPT) -> None:
     tree.append(history(40, 9))
     query = model.memory.query(torch.from_numpy(history(9, 10))[None])[0].detach()
     found = search(tree, model.memory, query, 5, 100, 7)
-    assert len(found.block) == 0 and found.exact
+    assert len(found.block) == 0
+    assert found.exact

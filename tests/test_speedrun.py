@@ -77,6 +77,29 @@ def test_the_model_of_the_run_loads_and_talks(finished: Path) -> None:
     assert said.stdout.strip()
 
 
+def test_the_pipeline_with_a_memory(finished: Path) -> None:
+    """`make speedrun ARGS="--run memory --mc …"` without Ray: trained, asked for facts, and talked to in a session."""
+    memory = [*TINY, "--run", "memory", "--max_seq_len", "256", "--num_iterations", "6", "--launcher", "local",
+              "--mc", "--token_shift", "1", "--mc_recall_share", "0.3"]  # fmt: skip
+    done = run([sys.executable, "jobs/speedrun.py", *memory], finished)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_dir = finished / "runs" / "memory"
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(step["mc/route_loss"] > 0 for step in steps if "train/loss" in step)
+    model, tokenizer = mc.load(str(run_dir))
+    assert model.memory is not None
+    with mc.Session(model, tokenizer, budget=128, path=str(finished / "session")) as session:
+        session.append("a long story " * 300)
+        assert len(list(session.generate(max_tokens=4, stop=()))) == 4
+        assert len(session.entries) <= 128 < session.tokens
+    asked = run(
+        [sys.executable, "jobs/recall_eval.py", "--checkpoint", str(run_dir), "--budget", "128", "--history", "1024",
+         "--items", "2", "--json", str(finished / "recall.json")], finished,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr[-3000:]
+    assert {"window", "ours", "oracle"} <= set(json.loads((finished / "recall.json").read_text())["methods"])
+
+
 def test_other_settings_under_the_same_name_are_refused(finished: Path) -> None:
     (finished / "runs" / "mine" / "stages" / "base_train.json").unlink()
     done = run([sys.executable, "jobs/base_train.py", *TINY, "--launcher", "local", "--matrix_lr", "0.3"], finished)

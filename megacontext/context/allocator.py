@@ -83,19 +83,25 @@ class FocusAllocator:
         self._forced = self._reversals = 0  # since the last refocus
 
     def extend(self, context: WorkingContext, count: int) -> WorkingContext:
-        """The context with `count` new raw tokens, within the budget: what is old makes room. Raises UserError if it can't."""
+        """The context with `count` new raw tokens, within the budget: what is old makes room. Raises UserError if it can't.
+
+        No cooldown holds back what this collapses: it may never have been seen, and the next refocus may want it.
+        """
         size, done = max(self.config.budget, _EXTEND_ENTRIES), 0
         while done < count:
-            context = self.make_room(context.append(min(size, count - done)))
+            context = self.make_room(context.append(min(size, count - done)), remember=False)
             done += size
         return context
 
-    def make_room(self, context: WorkingContext, headroom: int = 0, scores: F64 | None = None) -> WorkingContext:
+    def make_room(
+        self, context: WorkingContext, headroom: int = 0, scores: F64 | None = None, remember: bool = True
+    ) -> WorkingContext:
         """Collapse groups until `headroom` entries below the budget are free.
 
         First those whose mean of `scores` [L] is lowest, if there are scores; then those whose parent is small for its
         distance from the end, so that detail fades with age. A group that a refocus expanded a moment ago goes last.
-        Raises UserError when the raw tail and the coarsest nodes are over the budget.
+        What is collapsed comes under the cooldown if it is to `remember` it. Raises UserError when the raw tail and the
+        coarsest nodes are over the budget.
         """
         target, tail, levels = self.config.budget - headroom, self.config.recent_tokens, self.config.max_lod
         while len(context) > target:
@@ -117,7 +123,7 @@ class FocusAllocator:
             edits = Edits(collapse=np.sort(groups[chosen]))
             self._forced += len(edits)
             self._reversals += int(recent[chosen].sum())
-            context = self._edit(context, edits, forced=True)
+            context = self._edit(context, edits, forced=True, remember=remember)
             scores = None  # they were of the entries before
         return context
 
@@ -126,12 +132,14 @@ class FocusAllocator:
     ) -> tuple[WorkingContext, FocusReport]:
         """Score, choose and apply; `headroom` entries stay free for tokens to come. Returns the new context and a report.
 
-        `score` is called once per iteration with the context as it is then, and must not depend on anything else that
-        changes. Raises UserError for scores that are not finite numbers in [-1, 1], one per entry.
+        `score` is called once per iteration with the context as it is then, and once before if room has to be made; it
+        must not depend on anything else that changes. Raises UserError for scores that are not finite numbers in
+        [-1, 1], one per entry.
         """
         before, first_scores = context, None
         born = self._births(context)
-        context = self.make_room(context, headroom)
+        if len(context) > self.config.budget - headroom:
+            context = self.make_room(context, headroom, _checked_scores(score(context), len(context)))
         expands = collapses = 0
         for iteration in range(self.config.iterations):
             scores = _checked_scores(score(context), len(context))
@@ -209,7 +217,9 @@ class FocusAllocator:
             picked.append(pool.pop(int(rng.choice(len(best), p=weights / weights.sum()))))
         return np.array(picked, np.int64)
 
-    def _edit(self, context: WorkingContext, edits: Edits, forced: bool = False) -> WorkingContext:
+    def _edit(
+        self, context: WorkingContext, edits: Edits, forced: bool = False, remember: bool = True
+    ) -> WorkingContext:
         """Apply edits, prove them, and remember them for the cooldown."""
         after = apply(context, edits, self.config.recent_tokens, self.config.max_lod)
         check_edit(context, after, edits)
@@ -219,6 +229,8 @@ class FocusAllocator:
         if not forced:  # the budget is hard: making room may go against the cooldown when nothing else is left
             check_no_reversal(past[past[:, 1] == _COLLAPSE][:, [0, 2]], expanded, now, self.config.cooldown)
             check_no_reversal(past[past[:, 1] == _EXPAND][:, [0, 2]], collapsed, now, self.config.cooldown)
+        if not remember:
+            return after
         new = [
             np.stack([keys, np.full(len(keys), direction), np.full(len(keys), now)], 1)
             for keys, direction in ((expanded, _EXPAND), (collapsed, _COLLAPSE))

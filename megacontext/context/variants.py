@@ -21,13 +21,15 @@ def sample_variants(
     max_lod: int | None,
     sequence: npt.NDArray[np.integer],
     rng: np.random.Generator,
+    keep: Bool | None = None,
 ) -> ViewPlan:
     """Random legal tilings of [0, tokens) with at most `target_entries` entries: one view per item of `sequence` [V].
 
     The last `tail` tokens stay raw in every view, so views of a sequence share them. A view has as few collapses as its
     target needs: `target - (r - 2) .. target` entries. How many of them are spent on high levels is drawn uniformly
     over what is possible, and nodes of a level uniformly; a loop over levels is the only loop.
-    `target_entries` is one number or [V]. Raises UserError when it is below the coarsest tiling.
+    `target_entries` is one number or [V]. `keep` [V, n] marks blocks of the first n that collapse last.
+    Raises UserError when a target is below the coarsest tiling.
     """
     check_block_size(block_size)
     views = len(sequence)
@@ -44,7 +46,10 @@ def sample_variants(
     lod_of_token = np.zeros((views, tokens), np.int8)  # level of the node that shows each token
     free = [np.ones((views, old // block_size**level), bool) for level in range(1, top + 1)]
     for level in range(top, 0, -1):
-        chosen = _choose(free[level - 1], free[: level - 1], left, level, block_size, rng)
+        last = (
+            np.zeros(free[level - 1].shape, bool) if keep is None else _holds(keep, free[level - 1], block_size, level)
+        )
+        chosen = _choose(free[level - 1], free[: level - 1], left, level, block_size, rng, last)
         left = left - chosen.sum(1) * _collapses(level, block_size)
         for lower in range(1, level):
             covered = np.repeat(chosen, block_size ** (level - lower), axis=1)
@@ -60,8 +65,22 @@ def _collapses(level: int, block_size: int) -> int:
     return int((block_size**level - 1) // (block_size - 1))
 
 
-def _choose(free: Bool, below: list[Bool], left: I64, level: int, block_size: int, rng: np.random.Generator) -> Bool:
-    """Which free nodes of a level become entries [V, n]: as many as leaves a number that lower levels can spend exactly."""
+def _holds(keep: Bool, nodes: Bool, block_size: int, level: int) -> Bool:
+    """Which nodes of a level [V, n] hold a block to keep."""
+    width = block_size ** (level - 1)
+    padded = np.zeros((len(keep), nodes.shape[1] * width), bool)
+    count = min(padded.shape[1], keep.shape[1])
+    padded[:, :count] = keep[:, :count]
+    return np.asarray(padded.reshape(*nodes.shape, width).any(2))
+
+
+def _choose(
+    free: Bool, below: list[Bool], left: I64, level: int, block_size: int, rng: np.random.Generator, last: Bool
+) -> Bool:
+    """Which free nodes of a level become entries [V, n]: as many as leaves a number that lower levels can spend exactly.
+
+    Those in `last` only when the others are used up.
+    """
     most = np.minimum(free.sum(1), left // _collapses(level, block_size))
     if level == 1:
         count = left
@@ -69,7 +88,7 @@ def _choose(free: Bool, below: list[Bool], left: I64, level: int, block_size: in
         spare = sum((lower.sum(1) for lower in below), np.zeros_like(left))
         least = np.maximum(0, left - spare)  # each node chosen here is one collapse that the levels below lack
         count = least + np.floor(rng.random(len(left)) * (most - least + 1)).astype(np.int64)
-    keys = np.where(free, rng.random(free.shape), 2.0)
+    keys = np.where(free, rng.random(free.shape) + last, 2.0)
     rank = np.argsort(np.argsort(keys, axis=1), axis=1)
     return np.asarray(rank < count[:, None])
 

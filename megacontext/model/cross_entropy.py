@@ -67,12 +67,17 @@ def _losses_and_grad_(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, need: tuple[bool, bool]
-    ) -> torch.Tensor:
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        cap: float,
+        need: tuple[bool, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         cast = weight.to(x.dtype)
         rows, vocab = x.shape[0], weight.shape[0]
         outer, inner = _chunks(rows, vocab, x.device)
-        weights = (targets != IGNORE).to(wide(x.dtype))
         columns = targets.clamp(min=0)
         losses = torch.empty_like(weights)
         dx = torch.empty_like(x) if need[0] else None
@@ -90,7 +95,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product = torch.mm(z.t(), x[chunk])
                 dweight = product.to(weight.dtype) if dweight is None else dweight.add_(product)
         ctx.save_for_backward(dx, dweight)
-        return losses.sum()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -99,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx is None else (dx * grad).to(dx.dtype),
             None if dweight is None else dweight * grad,
+            None,
             None,
             None,
             None,
@@ -133,6 +140,28 @@ def linear_cross_entropy(
             return losses
         total = losses.sum()
     else:
-        need = (x.requires_grad, weight.requires_grad)
-        total = _LinearCrossEntropy.apply(x, weight, targets, cap, need)  # type: ignore[no-untyped-call]
+        total, _ = _fused(x, weight, targets, (targets != IGNORE).to(wide(x.dtype)), cap)
     return total if reduction == "sum" else total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def weighted_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor, *, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropies times `row_weights` [N], and the weighted losses [N] themselves, without gradient.
+
+    For sums whose rows count differently and whose parts are looked at; otherwise as `linear_cross_entropy`. Rows with
+    a target of -1 need a weight of 0.
+    """
+    assert 0 < cap <= 80, f"e^{cap} must fit float32"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _fused(x, weight, targets, row_weights.to(wide(x.dtype)), cap)
+    losses = linear_cross_entropy(x, weight, targets, cap=cap, reduction="none") * row_weights
+    return losses.sum(), losses
+
+
+def _fused(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    need = (x.requires_grad, weight.requires_grad)
+    total, losses = _LinearCrossEntropy.apply(x, weight, targets, weights, cap, need)  # type: ignore[no-untyped-call]
+    return total, losses

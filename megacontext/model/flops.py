@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megacontext.config import GPTConfig
+from megacontext.config import GPTConfig, MemoryConfig
+from megacontext.model.router import HIDDEN, WINDOW
 
 # Dense tensor-core FLOP/s in bfloat16 with float32 accumulation, from the vendors' data sheets, by a part of the
 # device name; the first match counts, so longer names come first. GeForce: half of the float16-accumulate rate.
@@ -20,8 +21,8 @@ _BF16_PEAK: tuple[tuple[str, float], ...] = (
 
 
 def count_params(config: GPTConfig) -> int:
-    """Parameters of the model, embedding and head included."""
-    return matmul_params(config) + config.vocab_size * config.n_embd
+    """Parameters of the model without a memory, embedding and head included."""
+    return matmul_params(config) + (config.vocab_size + config.token_shift) * config.n_embd
 
 
 def matmul_params(config: GPTConfig) -> int:
@@ -44,6 +45,39 @@ def forward_flops_per_token(config: GPTConfig, seq_len: int | None = None) -> fl
     """FLOPs of one forward pass per token at `seq_len` tokens, by the same convention."""
     tokens = config.sequence_len if seq_len is None else seq_len
     return 2.0 * matmul_params(config) + 4.0 * config.n_layer * config.n_embd * tokens
+
+
+def gist_flops(config: GPTConfig, memory: MemoryConfig, gists: int) -> float:
+    """FLOPs of making `gists` gists, each of its block_size children: the encoder and the head."""
+    if memory.gistnet_type == "mean":
+        return 0.0
+    children = memory.block_size + (memory.gistnet_pooling == "cls")
+    head = (4 if memory.gistnet_head == "mlp" else 1) * config.n_embd**2
+    return gists * (_encoder_flops(config, memory.gistnet_layers, children) + 2.0 * head)
+
+
+def lens_flops(config: GPTConfig, memory: MemoryConfig, entries: int) -> float:
+    """FLOPs of scoring a context of `entries` entries once."""
+    head = (2 * config.n_embd + 2) * config.n_embd if memory.lensnet_head == "mlp" else config.n_embd
+    return _encoder_flops(config, memory.lensnet_layers, entries) + 2.0 * head * entries
+
+
+def routing_key_flops(config: GPTConfig, memory: MemoryConfig, tokens: int) -> float:
+    """FLOPs of the routing keys of whole blocks of `tokens` tokens; above the first level keys cost nothing."""
+    if not memory.routing_slots:
+        return 0.0
+    return 2.0 * tokens * HIDDEN * (WINDOW * config.n_embd + memory.routing_width)
+
+
+def tree_flops(config: GPTConfig, memory: MemoryConfig, tokens: int) -> float:
+    """FLOPs of all records of a history of `tokens` tokens up to the highest level of training."""
+    nodes = [tokens // memory.block_size**level for level in range(1, memory.max_lod + 1)]
+    return gist_flops(config, memory, sum(nodes)) + routing_key_flops(config, memory, nodes[0] * memory.block_size)
+
+
+def _encoder_flops(config: GPTConfig, layers: int, entries: int) -> float:
+    """FLOPs of a bidirectional encoder of the model's width over one sequence of entries."""
+    return layers * entries * (24.0 * config.n_embd**2 + 4.0 * config.n_embd * entries)
 
 
 def decode_flops_per_token(config: GPTConfig, context_tokens: int) -> float:

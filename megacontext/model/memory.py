@@ -38,6 +38,7 @@ class Memory(nn.Module):
         self.lens = LensNet(gpt, config)
         self.router = Router(gpt.n_embd, config) if config.routing_slots else None
         self.lod_tag = nn.Parameter(torch.empty(config.max_lod, gpt.n_embd))
+        self._digest: tuple[tuple[tuple[int, int], ...], str] = ((), "")
 
     @property
     def record_width(self) -> int:
@@ -46,7 +47,16 @@ class Memory(nn.Module):
 
     @property
     def digest(self) -> str:
-        """Identity of everything a record depends on: the weights, the embedding's included, and the settings."""
+        """Identity of everything a record depends on: the weights, the embedding's included, and the settings.
+
+        Computed once for each state of the weights.
+        """
+        state = tuple((id(p), p._version) for p in self.parameters())
+        if self._digest[0] != state:
+            self._digest = (state, self._hash())
+        return self._digest[1]
+
+    def _hash(self) -> str:
         found = hashlib.sha256(repr(sorted(asdict(self.config).items())).encode())
         probe = torch.arange(8, device=self.lod_tag.device)[None]
         with torch.no_grad():
@@ -74,7 +84,7 @@ class Memory(nn.Module):
 
     def leaf(self, ids: torch.Tensor) -> torch.Tensor:
         """Records [n, m, R] of blocks of ids [n, m, r]. What precedes a block is not seen: its record is its own."""
-        blocks = ids.flatten(0, -2)
+        blocks = ids.flatten(0, -2).to(self.lod_tag.device)
         x = self._aux(self.embed(blocks, None))
         content = self.gist(x).float()
         if self.router is not None:
@@ -84,6 +94,7 @@ class Memory(nn.Module):
 
     def inner(self, records: torch.Tensor, level: int) -> torch.Tensor:
         """Records [n, R] of nodes above the first level from their children's [n, r, R]; one network for all levels."""
+        records = records.to(self.lod_tag.device)
         content = self.gist(self._aux(self.content(records))).float()
         return torch.cat([content, records[..., self.width :].amax(1)], -1)
 

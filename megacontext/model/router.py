@@ -15,7 +15,7 @@ from megacontext.model.attention import Linear
 
 WINDOW = 4  # tokens a feature sees
 QUERY_TOKENS = 32  # newest tokens a query is made of
-_HIDDEN = 256
+HIDDEN = 256
 
 
 class Router(nn.Module):
@@ -24,9 +24,9 @@ class Router(nn.Module):
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
         self.slots, self.width = config.routing_slots, config.routing_width
-        self.conv = Linear(WINDOW * width, _HIDDEN)
-        self.out = Linear(_HIDDEN, self.width)
-        self.gate = Linear(_HIDDEN, 1)
+        self.conv = Linear(WINDOW * width, HIDDEN)
+        self.out = Linear(HIDDEN, self.width)
+        self.gate = Linear(HIDDEN, 1)
         self.recency = nn.Parameter(torch.empty(QUERY_TOKENS))
         self.log_scale = nn.Parameter(torch.empty(()))
 

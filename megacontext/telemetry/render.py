@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 CARD_TITLE = "report card"
 _VAL_BPB = ("val/bpb", "val_bpb")
+_ON_CARD = ("core", "chat_core", "delta_nll", "cgr", "key_nll", "lens_recall", "lens_regret")
 _HEADER = ("total", "hardware")  # groups of report.json that are no stage
 
 
@@ -76,7 +77,7 @@ def render_card(report: Report) -> str:
         lines.append("  bits per byte on validation text (lower is better)")
         lines += [f"    {what:<24}{show(value):>10}" for what, _, value in rows]
     for key in numbers:
-        if key.rsplit("/", 1)[-1] in ("core", "chat_core"):
+        if key.rsplit("/", 1)[-1] in _ON_CARD:
             lines.append(f"  {key}: {show(numbers[key])}")
     lines += [f"  {_mark(verdict)} {_miss(verdict)}" for verdict in _verdicts(report) if verdict.state != "ok"]
     lines.append(f"  report: {report.run_dir}/report/report.md")

@@ -1,6 +1,6 @@
-"""The report card of a run: `report/report.json` (flat numbers), `report/report.md` and loss plots.
+"""The report card of a run: `report/report.json` (flat numbers), `report/report.md`, loss plots and stages' pictures.
 
-Stages leave `<run_dir>/stages/<stage>.json`; curves come from `metrics.jsonl`. Every number of report.md is an entry
+Stages leave `<run_dir>/stages/<stage>.json`, and pictures in `<run_dir>/pictures/`; curves come from `metrics.jsonl`. Every number of report.md is an entry
 of report.json, so nothing can be said that was not measured.
 """
 
@@ -21,7 +21,7 @@ from megacontext.telemetry.render import render_card, render_markdown
 
 STAGES = (
     "prepare_text",
-    "tok_train", "tok_eval", "prepare_data", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl", "chat_eval",
+    "tok_train", "tok_eval", "prepare_data", "base_train", "base_eval", "memory_eval", "recall_eval", "mid_train", "chat_sft", "chat_rl", "chat_eval",
 )  # fmt: skip
 _PLOTS = (
     ("train_loss", "train/loss", "nats per token", "Training loss"),
@@ -30,6 +30,7 @@ _PLOTS = (
 # Noisy per-step figures: the report gives their median over the stage; of other curves it gives the last value.
 _MEDIANS = ("train/dt", "train/tok_per_sec", "train/mfu", "train/grad_norm")
 _DRIFTS = ("mc/adv_delta_mean",)
+_PICTURES = "pictures"
 _CURVE_STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # metrics.jsonl -> stage
 
 
@@ -59,6 +60,21 @@ def write_stage(
     storage.write_json(storage.join(run_dir, "stages", f"{stage}.json"), value)
 
 
+def run_of_checkpoint(path: str) -> str | None:
+    """The run folder that a checkpoint path lies in or is; None for a checkpoint that stands alone."""
+    if storage.exists(storage.join(path, "checkpoints")):
+        return path
+    above, name = path.rstrip("/"), ""
+    while above and name != "checkpoints":
+        above, _, name = above.rpartition("/")
+    return above or None
+
+
+def write_picture(run_dir: str, name: str, png: bytes) -> None:
+    """Store a picture of a stage (PNG bytes, a name without ending) for the report; one of that name is replaced."""
+    storage.write_bytes(storage.join(run_dir, _PICTURES, f"{name}.png"), png)
+
+
 def write_report(run_dir: str) -> Report:
     """Collect what the stages of a run left and write its report folder; returns what was written.
 
@@ -72,7 +88,7 @@ def write_report(run_dir: str) -> Report:
     source = _read_provenance(run_dir)
     numbers = collect_numbers(stages, records, source)
     folder = storage.join(run_dir, "report")
-    pictures = _write_plots(folder, numbers, records)
+    pictures = [*_write_plots(folder, numbers, records), *_copy_pictures(run_dir, folder)]
     report = Report(
         name=run_dir.rstrip("/").rsplit("/", 1)[-1],
         run_dir=run_dir,
@@ -163,6 +179,15 @@ def _write_plots(folder: str, numbers: Mapping[str, float], records: Sequence[Ma
             storage.write_bytes(storage.join(folder, f"{name}.png"), png)
             written.append(f"{name}.png")
     return written
+
+
+def _copy_pictures(run_dir: str, folder: str) -> list[str]:
+    """Take the stages' pictures into the report folder, so that it can be sent as it is."""
+    source = storage.join(run_dir, _PICTURES)
+    names = [name for name in storage.list_dir(source) if name.endswith(".png") and not name.startswith(".")]
+    for name in names:
+        storage.write_bytes(storage.join(folder, name), storage.read_bytes(storage.join(source, name)))
+    return names
 
 
 def _read_provenance(run_dir: str) -> dict[str, Any]:

@@ -33,6 +33,13 @@ class Verdict:
 TARGETS = (
     Target("eval/delta_nll", "≤ 0.10", "> 0.15", lambda v: v <= 0.10, lambda v: v > 0.15,
            "gists lose what the tail needs: lens recall and regret, then the budget W"),
+    Target("eval/cgr", "≥ 0.40", "< 0", lambda v: v >= 0.40, lambda v: v < 0,
+           "share of the far context's worth that is kept; below 0 a plain sliding window of the same budget is better: "
+           "the lens's recall first, then gist training; and is nll_window - nll_full above 0.02 nats at all?"),
+    Target("eval/lens_recall", "≥ 0.90", "< 0.50", lambda v: v >= 0.90, lambda v: v < 0.50,
+           "the share of recall tasks in training, routing slots and width, then the search's visits"),
+    Target("eval/lens_regret", "≤ 0.05", "> 0.15", lambda v: v <= 0.05, lambda v: v > 0.15,
+           "oracle minus learned lens: eval/lens_recall if it is low too, else the allocator's iterations and thresholds"),
     Target("runtime/swap_rate", "0.05–0.20", "> 0.25", lambda v: 0.05 <= v <= 0.20, lambda v: v > 0.25,
            "allocator thresholds and cooldown: too many edits flicker, too few are blind"),
     Target("runtime/residency", "≥ 3 refocuses", "< 3", lambda v: v >= 3, lambda v: v < 3,

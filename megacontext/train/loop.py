@@ -16,7 +16,7 @@ from megacontext import storage
 from megacontext.data.stream import Batch, BatchPlan, MmapStream
 from megacontext.errors import NonFiniteLossError
 from megacontext.eval.samples import continuations
-from megacontext.model.flops import count_params, peak_flops, train_flops_per_token
+from megacontext.model.flops import peak_flops
 from megacontext.telemetry.rows import RowLog
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train import schedule
@@ -61,6 +61,8 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
         batches = iter(MmapStream(setup.train_shards, setup.order, setup.plan, worker.rank, first, end))
     else:
         batches = make_stream(setup.plan, first, end)
+    if setup.mix is not None:
+        batches = setup.mix.over(batches)
     try:
         with RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log:
             finished = _loop(setup, batches, writer, tracker, rows_log)
@@ -80,7 +82,7 @@ def _loop(
 ) -> bool:
     worker, state, cfg = setup.worker, setup.state, setup.task.train
     stepper = Stepper(setup.forward, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
-                      cfg.grad_clip, Stopwatch(worker.device))  # fmt: skip
+                      cfg.grad_clip, Stopwatch(worker.device), setup.memory)  # fmt: skip
     resumed_at, stop = (state["step"] or None), False
     while True:
         step = state["step"]
@@ -119,13 +121,22 @@ def _due(step: int, every: int) -> bool:
 
 def _advance(setup: Setup, result: StepResult, seconds: float) -> None:
     state, task = setup.state, setup.task
+    state["last_flops"] = _step_flops(setup)
     state["step"] += 1
     state["rows_consumed"] += task.rows_per_step
     state["total_tokens"] += task.train.total_batch_size
-    state["total_training_flops"] += train_flops_per_token(task.gpt) * task.train.total_batch_size
+    state["total_training_flops"] += state["last_flops"]
     state["total_training_time"] += seconds
     state["smooth_loss"] = 0.9 * state["smooth_loss"] + 0.1 * result.loss
     state["last_seconds"] = seconds
+    if setup.memory is not None:
+        state["lens"] = setup.memory.running.state_dict()
+
+
+def _step_flops(setup: Setup) -> float:
+    """FLOPs of the step that begins now."""
+    progress = 0.0 if setup.memory is None else setup.memory.progress(setup.state["step"])
+    return setup.task.flops_per_token(progress) * setup.task.train.total_batch_size
 
 
 def _totals(state: dict[str, Any]) -> dict[str, float]:
@@ -146,11 +157,13 @@ def _step_metrics(setup: Setup, result: StepResult, lrm: float, phases_ms: dict[
         "train/grad_norm": result.grad_norm,
         **{f"time/{phase}_ms": value for phase, value in phases_ms.items()},
         **_totals(state),
+        **result.metrics,
     }
+    if setup.memory is not None:
+        metrics["mc/time_controller_ms"] = phases_ms["controller"]
     peak = peak_flops(setup.worker.device, setup.dtype)
     if peak is not None:
-        done = train_flops_per_token(task.gpt) * tokens
-        metrics["train/mfu"] = 100 * done / seconds / (peak * setup.worker.world_size)
+        metrics["train/mfu"] = 100 * state["last_flops"] / seconds / (peak * setup.worker.world_size)
     return metrics
 
 
@@ -179,8 +192,8 @@ def _summary(setup: Setup) -> dict[str, float]:
     state = setup.state
     metrics = {
         "steps": state["step"],
-        "parameters": count_params(setup.task.gpt),
-        "flops_per_token": train_flops_per_token(setup.task.gpt),
+        "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
+        "flops_per_token": setup.task.mean_flops_per_token,
         "smooth_loss": state["smooth_loss"] / max(1e-9, 1 - 0.9 ** state["step"]),
         "peak_memory_bytes": peak_memory_bytes(setup.worker.device),
         **_totals(state),

@@ -19,6 +19,7 @@ from megacontext.config import TrainConfig
 from megacontext.errors import CheckpointError
 from megacontext.train.muon import Muon
 
+VECTOR_LR = 0.01  # AdamW rate of a memory's vectors and small tables
 _BUCKET_ELEMENTS = 16 * 2**20
 _ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -53,17 +54,42 @@ def gpt_groups(model: nn.Module, config: TrainConfig) -> list[ParamGroup]:
     ]
 
 
+def memory_groups(model: nn.Module, config: TrainConfig) -> list[ParamGroup]:
+    """Groups of `memory.*`, none without one: matrices by Muon as those of the blocks, the rest by AdamW.
+
+    A matrix with one row is a vector here: Muon would move it by the same length whatever its gradient. LensNet and the
+    router learn from their own losses alone, and neither optimizer knows the size of a gradient; so the weights of
+    these losses are factors of the learning rates as well, or they would do nothing.
+    """
+    memory = getattr(model, "memory", None)
+    if memory is None:
+        return []
+    weights = {"memory.lens.": memory.config.mc_lens_loss_weight, "memory.router.": memory.config.mc_route_loss_weight}
+    taught: dict[float, dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("memory."):
+            weight = next((weight for prefix, weight in weights.items() if name.startswith(prefix)), 1.0)
+            taught.setdefault(weight, {})[name] = parameter
+    groups = []
+    for weight, named in taught.items():
+        matrices = {name: p for name, p in named.items() if name.endswith(".weight") and p.ndim == 2 and len(p) > 1}
+        vectors = {name: p for name, p in named.items() if name not in matrices}
+        groups += [ParamGroup("muon", matrices, weight * config.matrix_lr)] if matrices else []
+        groups += [ParamGroup("adamw", vectors, weight * VECTOR_LR)] if vectors else []
+    return groups
+
+
 def build_optimizer(
     model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype | None = None, extra: Sequence[ParamGroup] = ()
 ) -> Optimizer:
-    """The optimizer of a GPT, with further groups for the parameters of other modules it holds.
+    """The optimizer of a GPT and its memory, with further groups for the parameters of other modules it holds.
 
     Newton–Schulz runs in `muon_dtype`; unless given that is the model's compute dtype: bfloat16 is only chosen where
     the hardware has it, and a float32 run should be float32 throughout. Every parameter must be in exactly one group.
     """
     dtype = muon_dtype if muon_dtype is not None else getattr(model, "compute_dtype", torch.float32)
     assert isinstance(dtype, torch.dtype)
-    return Optimizer(model, [*gpt_groups(model, config), *extra], dtype)
+    return Optimizer(model, [*gpt_groups(model, config), *memory_groups(model, config), *extra], dtype)
 
 
 class Optimizer:

@@ -6,21 +6,26 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megacontext import precision, storage
+from megacontext.data.recall_words import WordList
 from megacontext.data.shards import ShardSet
-from megacontext.data.stream import BatchPlan, MmapStream, RowOrder
+from megacontext.data.stream import Batch, BatchPlan, MmapStream, RowOrder
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError
 from megacontext.model.gpt import GPT
 from megacontext.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from megacontext.train.lens_loss import RunningScales
+from megacontext.train.memory_objective import MemoryObjective
 from megacontext.train.optim import Optimizer, build_optimizer
+from megacontext.train.recall_mix import RecallMix
 from megacontext.train.step import Stepper
 from megacontext.train.task import TrainTask, horizon_steps
 from megacontext.train.throughput import Stopwatch
@@ -31,7 +36,10 @@ CALIBRATION_STEPS = 6
 
 @dataclass
 class Setup:
-    """`model` is the plain module (saved, validated), `forward` the one that trains: compiled where that pays."""
+    """`model` is the plain module (saved, validated), `forward` the one that trains: compiled where that pays.
+
+    `memory` is the objective of an `--mc` run, `mix` what puts recall tasks among its rows.
+    """
 
     task: TrainTask
     worker: Worker
@@ -45,6 +53,8 @@ class Setup:
     num_iterations: int
     dtype: torch.dtype
     state: dict[str, Any]
+    memory: MemoryObjective | None
+    mix: RecallMix | None
 
     @property
     def order(self) -> RowOrder:
@@ -67,6 +77,7 @@ def build(task: TrainTask, worker: Worker) -> Setup:
             shards.verify()
     plan = BatchPlan(task.rows_per_step, task.train.device_batch_size, worker.world_size)
     dtype = precision.choose_dtype(task.dtype, worker.device)
+    mix = recall_mix(task, tokenizer)
     loaded = newest(task, worker)
     num_iterations = agree(worker, lambda: choose_horizon(task, worker.device, worker.world_size))
     model, optimizer = fresh(task, worker.device, dtype)
@@ -81,8 +92,31 @@ def build(task: TrainTask, worker: Worker) -> Setup:
         optimizer.load_state_dict(loaded.optimizer)
         state |= loaded.meta["state"]
     forward = compiled(model, task.compile, worker.device)
+    last = max(1, num_iterations - 1)
+    memory = memory_objective(task, forward, worker.world_size, lambda step: step / last, state.get("lens", {}))
     return Setup(task, worker, model, forward, optimizer, tokenizer, train_shards, val_shards, plan, num_iterations,
-                 dtype, state)  # fmt: skip
+                 dtype, state, memory, mix)  # fmt: skip
+
+
+def memory_objective(
+    task: TrainTask, model: GPT, world_size: int, progress: Callable[[int], float], running: Mapping[str, Any]
+) -> MemoryObjective | None:
+    """The objective of an `--mc` run, None without; `running` is what a checkpoint's `RunningScales` held."""
+    if task.memory is None:
+        return None
+    view_trunk = None
+    if precision.choose_compile(task.compile, model.device):  # by itself: a length after another would compile anew
+        view_trunk = torch.compile(partial(GPT.trunk, model), dynamic=True)
+    scales = RunningScales(**running)
+    return MemoryObjective(model, task.seed, task.rows_per_step, world_size, progress, scales, view_trunk)
+
+
+def recall_mix(task: TrainTask, tokenizer: Tokenizer) -> RecallMix | None:
+    """What mixes recall tasks into the rows, None when no row is one. Raises UserError when they do not fit."""
+    if task.memory is None or not task.memory.mc_recall_share:
+        return None
+    words = WordList.from_tokenizer(tokenizer)
+    return RecallMix(task.memory.mc_recall_share, task.seed, words, task.gpt.sequence_len + 1, task.memory.block_size)
 
 
 def newest(task: TrainTask, worker: Worker) -> Checkpoint | None:
@@ -95,9 +129,14 @@ def newest(task: TrainTask, worker: Worker) -> Checkpoint | None:
 def fresh(task: TrainTask, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Optimizer]:
     """A model and optimizer at step 0: seeded weights, or those of the checkpoint the stage starts from."""
     model = GPT(task.gpt)
+    if task.memory is not None:
+        model.attach_memory(task.memory)
     model.init_weights(torch.Generator().manual_seed(task.seed))
     if task.init_from is not None:
-        model.load_state_dict(load_checkpoint(task.init_from, with_optimizer=False).model)
+        start = load_checkpoint(task.init_from, with_optimizer=False).model
+        if not any(name.startswith("memory.") for name in start):  # a vanilla model that gets a memory
+            start = {name: start.get(name, value) for name, value in model.state_dict().items()}
+        model.load_state_dict(start)
     model.compute_dtype = dtype
     model.to(device)
     return model, build_optimizer(model, task.train)
@@ -166,9 +205,15 @@ def measure_horizon(task: TrainTask, device: torch.device, world_size: int) -> i
     plan = BatchPlan(task.rows_per_step // world_size, task.train.device_batch_size, 1)
     model, optimizer = fresh(task, device, precision.choose_dtype(task.dtype, device))
     forward = compiled(model, task.compile, device)
-    stepper = Stepper(forward, optimizer, device, 1, plan.accum_steps, task.train.grad_clip, Stopwatch(device))
+    memory = memory_objective(task, forward, 1, lambda step: 0.5, {})  # the mean length of a run's variants
+    stepper = Stepper(forward, optimizer, device, 1, plan.accum_steps, task.train.grad_clip, Stopwatch(device), memory)
     seconds = []
-    batches = iter(MmapStream(shards, RowOrder(shards.num_rows, task.seed), plan, 0, 0, CALIBRATION_STEPS))
+    batches: Iterator[Batch] = iter(
+        MmapStream(shards, RowOrder(shards.num_rows, task.seed), plan, 0, 0, CALIBRATION_STEPS)
+    )
+    mix = recall_mix(task, Tokenizer.load(task.tokenizer_dir))
+    if mix is not None:
+        batches = mix.over(batches)
     for step in range(CALIBRATION_STEPS):
         began = time.perf_counter()
         stepper.run(step, batches, 0.0, 0.85, stop=False)
@@ -193,7 +238,9 @@ def data_digest(shards: ShardSet) -> str:
 
 def loop_meta(setup: Setup) -> dict[str, Any]:
     """What a checkpoint stores beside the tensors, as plain JSON."""
+    memory = setup.task.memory
     return {
+        **({"memory_config": asdict(memory)} if memory is not None else {}),
         "identity": setup.task.identity(),
         "num_iterations": setup.num_iterations,
         "train_data": data_digest(setup.train_shards),

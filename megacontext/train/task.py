@@ -7,21 +7,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megacontext.config import GPTConfig, TrainConfig
+from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.errors import CheckpointError, UserError
+from megacontext.model import flops
 from megacontext.model.flops import count_params, train_flops_per_token
+from megacontext.train.views import ViewSettings
 
 # What may change between two starts of the same run without changing what it computes.
 FREE_TRAIN_FLAGS = frozenset(
     {"eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every", "log_rows", "stream",
      "device_batch_size"}
 )  # fmt: skip
+# Settings of a memory that training does not read: they decide how it is used.
+FREE_MEMORY_FLAGS = frozenset(
+    {"allocator_type", "allocator_soft_max_length", "allocator_expand_threshold", "allocator_collapse_threshold",
+     "allocator_max_replacements", "allocator_iterations", "allocator_sample_top_k", "allocator_sample_temperature", "mc_tree",
+     "mc_auto_batch", "mc_eval_soft_max_length", "mc_infer_allocator_max_replacements", "mc_infer_allocator_iterations",
+     "mc_infer_refocus_interval"}
+)  # fmt: skip
 HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "target_param_data_ratio"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """Everything the loop needs to train one stage; paths are absolute or URIs."""
+    """Everything the loop needs to train one stage; paths are absolute or URIs. `memory` is None without `--mc`."""
 
     stage: str
     run_dir: str
@@ -31,6 +40,7 @@ class TrainTask:
     gpt: GPTConfig
     train: TrainConfig
     seed: int
+    memory: MemoryConfig | None = None
     dtype: str = "auto"
     compile: str = "auto"
     verify_shards: bool = True
@@ -57,21 +67,48 @@ class TrainTask:
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed; a checkpoint continues only under the same ones."""
         train = {key: value for key, value in asdict(self.train).items() if key not in FREE_TRAIN_FLAGS | HORIZON_FLAGS}
+        memory = {} if self.memory is None else asdict(self.memory)
+        gpt = asdict(self.gpt)
+        if not gpt["token_shift"]:
+            del gpt["token_shift"]  # as in checkpoints from before there was one
         return {
             "stage": self.stage,
             "seed": self.seed,
             "init_from": self.init_from,
-            "model_config": asdict(self.gpt),
+            "model_config": gpt,
             **train,
+            **{key: value for key, value in memory.items() if key not in FREE_MEMORY_FLAGS},
         }
+
+    def flops_per_token(self, progress: float) -> float:
+        """Training FLOPs per token of a row when a share `progress` of the run is done: of the raw row, and with a memory
+        of its tree, its variants, the lens and measured edits as well. The GPT's convention for all of them."""
+        if self.memory is None:
+            return train_flops_per_token(self.gpt)
+        views, gpt, memory = ViewSettings.of(self.memory, self.gpt.sequence_len), self.gpt, self.memory
+        entries = views.length(views.entries(progress))
+        once = views.tokens * flops.forward_flops_per_token(gpt, views.tokens)
+        once += views.variants * entries * flops.forward_flops_per_token(gpt, entries)
+        once += flops.tree_flops(gpt, memory, views.tokens)
+        once += flops.lens_flops(gpt, memory, views.length(views.last_entries) - views.horizon)
+        single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
+        edits = min(memory.mc_max_counterfactuals, views.blocks) * single
+        measured = edits * flops.forward_flops_per_token(gpt, single) if edits else 0.0
+        return (3 * once + measured) / views.tokens
+
+    @property
+    def mean_flops_per_token(self) -> float:
+        """`flops_per_token` over the whole run."""
+        points = [(step + 0.5) / 64 for step in range(64)]
+        return sum(map(self.flops_per_token, points)) / len(points)
 
     def check_continues(self, identity: Mapping[str, Any], checkpoint: str) -> None:
         """Raises CheckpointError naming every setting that differs from the checkpoint's."""
         mine = self.identity()
         differing = [
-            f"{key} was {identity.get(key)!r}, is {value!r}"
-            for key, value in mine.items()
-            if identity.get(key) != value
+            f"{key} was {identity.get(key)!r}, is {mine.get(key)!r}"
+            for key in [*mine, *(key for key in identity if key not in mine)]
+            if identity.get(key) != mine.get(key)
         ]
         if differing:
             raise CheckpointError(
@@ -90,7 +127,7 @@ def horizon_steps(task: TrainTask, step_seconds: float | None) -> int:
     if cfg.num_iterations >= 0:
         return cfg.num_iterations
     if cfg.target_flops > 0:
-        return max(1, round(cfg.target_flops / (train_flops_per_token(task.gpt) * cfg.total_batch_size)))
+        return max(1, round(cfg.target_flops / (task.mean_flops_per_token * cfg.total_batch_size)))
     if cfg.max_minutes > 0:
         assert step_seconds is not None
         return max(1, math.floor(cfg.max_minutes * 60 * 0.9 / step_seconds))

@@ -1,0 +1,144 @@
+"""Audit a lens: do its scores rank the expansions that help, and do they change with the question?
+
+    python jobs/lens_audit.py --checkpoint runs/mine --docs books/ --budget 256 --history 4096 --json out/lens.json
+
+Every gist of a working context is expanded by itself, and the loss of the raw tail and of the tokens ahead is measured
+before and after. Documents are .txt, .md or .parquet files with a `text` column that the model was not trained on.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import megacontext as mc
+from jobs import cli, environment
+from megacontext import storage
+from megacontext.eval.bootstrap import Interval
+from megacontext.eval.lens_audit import Audit, audit
+from megacontext.eval.windows import read_long_documents, sample_windows
+from megacontext.inference.session_options import resolve_options
+from megacontext.telemetry import provenance, report
+from megacontext.train.worker import choose_device
+
+STAGE = "lens_audit"
+FIGURES = ("corr_ahead", "corr_tail", "corr_other_query", "picked", "change", "corr_queries")
+_HEAD = (
+    "scores of",
+    "rank corr. ahead",
+    "on the tail",
+    "by another query",
+    "gain of the first",
+    "|Δscore|",
+    "corr. of two queries",
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint or run folder of a model trained with --mc; or a URI")
+    add("--docs", required=True, help=".txt, .md or .parquet file with long documents, or a folder of them; or a URI")
+    add(
+        "--budget",
+        type=int,
+        default=0,
+        help="entries of a context with one expansion, W [default: its sequence length]",
+    )
+    add("--history", type=int, default=0, help="tokens of a history, N [default: 4 budgets]")
+    add("--horizon", type=int, default=32, help="tokens ahead whose loss is measured, H [default 32]")
+    add("--tail", type=int, default=0, help="newest raw tokens, the query [default: as a session's]")
+    add("--windows", type=int, default=32, help="histories over the documents [default 32]")
+    add("--seed", type=int, default=0, help="seed of windows and intervals [default 0]")
+    add("--json", default="", help="file or URI for the results [default: none]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Audit, print the table, write the JSON; returns what it holds.
+
+    Raises UserError for a model without a memory and for sizes that do not fit, DataError for what cannot be read.
+    """
+    began = time.time()
+    device = choose_device(args.device)
+    model, tokenizer = mc.load(args.checkpoint, dtype=args.dtype, device=str(device))
+    model.prepare_inference()
+    budget = args.budget or model.config.sequence_len
+    tail = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None}).recent_tokens
+    history = args.history or 4 * budget
+    documents = read_long_documents(args.docs)
+    windows = sample_windows(documents, tokenizer, history, args.horizon, args.windows, args.seed)
+    config = {
+        "checkpoint": args.checkpoint, "docs": args.docs, "budget": budget, "history": history, "tail": tail,
+        "horizon": args.horizon, "windows": len(windows), "seed": args.seed, "device": str(device),
+    }  # fmt: skip
+    print(" ".join(f"{key}={value}" for key, value in config.items()), flush=True)
+    found = audit(model, windows, budget=budget, tail=tail, seed=args.seed)
+    result = {
+        "config": config,
+        "gists": found.gists,
+        "best": plain(found.best),
+        "mean": plain(found.mean),
+        "rows": [{"scorer": row.scorer, **{name: plain(getattr(row, name)) for name in FIGURES}} for row in found.rows],
+        "seconds": time.time() - began,
+        "provenance": provenance.collect(),
+    }
+    text = table(found)
+    print(text, flush=True)
+    if args.json:
+        storage.write_json(args.json, result)
+        print(f"wrote {args.json}", flush=True)
+    run_dir = report.run_of_checkpoint(args.checkpoint)
+    if run_dir is not None:
+        ours = found.rows[0]
+        figures = {f"{STAGE}/{name}": getattr(ours, name).value for name in FIGURES}
+        known = {name: value for name, value in figures.items() if math.isfinite(value)}
+        report.write_stage(run_dir, STAGE, result["seconds"], 0.0, known, {f"{STAGE}/table": text})
+        print(f"in the next report of {run_dir}", flush=True)
+    return result
+
+
+def table(found: Audit) -> str:
+    """A line per scorer; brackets are 95 % intervals over documents."""
+    lines = [_HEAD, *((row.scorer, *(_cell(getattr(row, name)) for name in FIGURES)) for row in found.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.append(
+        f"{found.windows} histories, {found.gists:.0f} gists each; gain of an expansion in nats per token ahead: "
+        f"best {_cell(found.best)}, at random {_cell(found.mean)}"
+    )
+    return "\n".join(text)
+
+
+def plain(interval: Interval) -> dict[str, float | None]:
+    """An interval for JSON."""
+    return {name: value if math.isfinite(value) else None for name, value in vars(interval).items()}
+
+
+def _cell(interval: Interval) -> str:
+    if not math.isfinite(interval.value):
+        return "-"
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cli.finish(environment.load)
+    args = parse(argv)
+    cli.finish(lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What an `--mc` training step costs per entry it processes, against the vanilla step per token.
+
+    python -m megacontext.bench.mc_step --depth 4 --width 256 --seq 1024 --threads 1
+
+An entry is a token of a raw row or an entry of a variant. Both steps train on the same rows, take turns, and include the
+optimizer; variants have the length of the end of the curriculum. Times are CPU time of the process where the device is a
+CPU, so that other programs do not count. Prints a table; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacontext import precision
+from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
+from megacontext.context.gist_function import build_levels
+from megacontext.data.stream import Batch
+from megacontext.model.gpt import GPT
+from megacontext.train.auto_batch import fitting_batch
+from megacontext.train.lens_loss import RunningScales
+from megacontext.train.memory_objective import MemoryObjective, node_table
+from megacontext.train.optim import build_optimizer
+from megacontext.train.step import Stepper
+from megacontext.train.step_plan import lens_tensors, view_tensors
+from megacontext.train.throughput import Stopwatch
+from megacontext.train.views import draw_views
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse flags, measure, print; returns what was printed as JSON."""
+    args = _parser().parse_args(argv)
+    result = measure(args)
+    for key, value in result.items():
+        print(f"{key:>26}  {value:,.3f}" if isinstance(value, float) else f"{key:>26}  {value}")
+    print(json.dumps(result))
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=4, help="layers")
+    parser.add_argument("--width", type=int, default=256, help="model width; 0 is 64·depth")
+    parser.add_argument("--vocab", type=int, default=8192, help="tokens in the vocabulary")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens per row")
+    parser.add_argument("--rows", type=int, default=8, help="rows of an optimizer step, and of a vanilla micro-batch")
+    parser.add_argument("--variants", type=int, default=4, help="variants per row, N")
+    parser.add_argument("--progress", type=float, default=1.0, help="where in the curriculum, 0 to 1")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before timing starts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is all cores")
+    return parser
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Time steps of both kinds in turn. Raises UserError for shapes or settings that cannot be."""
+    device = torch.device(args.device)
+    threads = precision.set_threads(args.threads)
+    precision.keep_freed_memory()
+    config = GPTConfig.from_depth(args.depth, vocab_size=args.vocab, sequence_len=args.seq, width=args.width)
+    memory = MemoryConfig(mc=1, mc_num_random_variants=args.variants)
+    micro = fitting_batch(args.rows, memory, args.seq)
+    vanilla, ours = (_stepper(args, config, chosen, device, count)
+                     for chosen, count in ((None, args.rows), (memory, micro)))  # fmt: skip
+    watches: dict[str, list[float]] = {"vanilla": [], "mc": []}
+    phases: dict[str, list[float]] = {}
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, args.vocab, (args.rows, args.seq + 1)))
+    for step in range(args.warmup + args.steps):
+        for name, stepper in (("vanilla", vanilla), ("mc", ours)):
+            batches = iter(_batches(ids, args.rows // stepper.accum_steps))
+            began = _clock(device)
+            stepper.run(step, batches, 1.0, 0.9, stop=False)
+            if step >= args.warmup:
+                watches[name].append(_clock(device) - began)
+                if name == "mc":
+                    for phase, spent in stepper.watch.phases_ms().items():
+                        phases.setdefault(phase, []).append(spent)
+    assert ours.memory is not None
+    views = ours.memory.settings
+    length = views.length(views.entries(args.progress))
+    entries = args.rows * (args.seq + views.variants * length)
+    vanilla_s, mc_s = (statistics.median(watches[name]) for name in ("vanilla", "mc"))
+    per_token, per_entry = 1e6 * vanilla_s / (args.rows * args.seq), 1e6 * mc_s / entries
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
+        "depth": args.depth, "width": config.n_embd, "seq": args.seq, "rows": args.rows, "rows_per_micro_batch": micro,
+        "variants": views.variants, "variant_entries": length, "entries_per_step": entries,
+        "vanilla_step_ms": 1e3 * vanilla_s, "mc_step_ms": 1e3 * mc_s,
+        "vanilla_us_per_token": per_token, "mc_us_per_entry": per_entry, "ratio_per_entry": per_entry / per_token,
+        **{f"phase_{name}_ms": statistics.median(values) for name, values in phases.items()},
+        **{f"part_{name}_ms": value for name, value in _parts(ours, ids[:micro], args).items()},
+    }  # fmt: skip
+
+
+def _stepper(
+    args: argparse.Namespace, config: GPTConfig, memory: MemoryConfig | None, device: torch.device, rows: int
+) -> Stepper:
+    """A model of its own, with weights that are not zero anywhere, and what steps it by micro-batches of `rows`."""
+    model = GPT(config)
+    if memory is not None:
+        model.attach_memory(memory)
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    model.lm_head.weight.data.normal_(0.0, 0.02, generator=generator)
+    model.compute_dtype = precision.choose_dtype(args.dtype, device)
+    model.to(device)
+    objective = None
+    if memory is not None:
+        objective = MemoryObjective(model, 0, args.rows, 1, lambda step: args.progress, RunningScales())
+    return Stepper(model, build_optimizer(model, TrainConfig()), device, 1, args.rows // rows, 1.0, Stopwatch(device),
+                   objective)  # fmt: skip
+
+
+def _batches(ids: Tensor, rows: int) -> list[Batch]:
+    positions = np.arange(len(ids))
+    return [
+        Batch(ids[at : at + rows], None, positions[at : at + rows], positions[at : at + rows])
+        for at in range(0, len(ids), rows)
+    ]
+
+
+def _parts(stepper: Stepper, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds per step of the parts of the objective alone, forward and backward."""
+    objective, model, device = stepper.memory, stepper.model, stepper.device
+    assert objective is not None
+    assert model.memory is not None
+    memory, settings = model.memory, objective.settings
+    rows = np.arange(len(ids))
+    given, targets = ids[:, :-1].to(device), ids[:, 1:].numpy()
+    views = draw_views(settings, 0, rows, args.progress)
+    variants = view_tensors(model, settings, views.variants, targets, device)
+    lens = lens_tensors(model, settings, views.reference, views.variants, rows, device)
+    with torch.no_grad():
+        table = node_table(memory, model.embed(given), build_levels(given, memory, settings.max_lod))
+
+    def plans() -> None:
+        drawn = draw_views(settings, 0, rows, args.progress)
+        view_tensors(model, settings, drawn.variants, targets, device)
+        lens_tensors(model, settings, drawn.reference, drawn.variants, rows, device)
+
+    def gists() -> None:
+        torch.autograd.backward(
+            node_table(memory, model.embed(given), build_levels(given, memory, settings.max_lod)).sum()
+        )
+
+    def raw() -> None:
+        torch.autograd.backward(model.loss(given, ids[:, 1:].to(device)))
+
+    def variant_views() -> None:
+        hidden = torch.zeros(len(ids), settings.tokens, model.config.n_embd, device=device)
+        torch.autograd.backward(objective.variants_loss(table.clone().requires_grad_(), variants, hidden)[0])
+
+    def lens_scores() -> None:
+        entries = table.index_select(0, lens.gather).view(*lens.shape, -1)
+        torch.autograd.backward(memory.scores(entries, lens.level, lens.rotary).sum())
+
+    def optimizer() -> None:
+        stepper.optimizer.reduce(1)
+        stepper.optimizer.clip(1.0)
+        stepper.optimizer.step(0.0, 0.9)
+
+    per_step = stepper.accum_steps
+    times = {name: per_step * _timed(work, device) for name, work in
+             {"plans": plans, "gists": gists, "raw_rows": raw, "variants": variant_views, "lens": lens_scores}.items()}  # fmt: skip
+    times["optimizer"] = _timed(optimizer, device)
+    stepper.optimizer.zero_grad()
+    return times
+
+
+def _timed(work: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
+    """Median milliseconds of a call, the first not counted."""
+    spent = []
+    for _ in range(repeats + 1):
+        began = _clock(device)
+        work()
+        spent.append(1e3 * (_clock(device) - began))
+    return statistics.median(spent[1:])
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds: of this process's CPUs, or of the wall when a GPU does the work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+if __name__ == "__main__":
+    main()

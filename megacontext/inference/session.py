@@ -1,0 +1,334 @@
+"""A session: a history of any length that a model sees through a working context of at most `budget` entries.
+
+The tree holds every id and gist. The working context, what the model attends to, tiles the whole history; a refocus
+edits it, and between refocuses it grows by raw tokens. Which tokens and edits there are is a function of the calls
+alone, never of time or chance, so a session on disk continues after a crash as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megacontext import storage
+from megacontext.context.allocator import FocusAllocator, ScoreFunction
+from megacontext.context.focus_report import FocusReport
+from megacontext.context.gist_function import GistFunction, MeanGist
+from megacontext.context.tree import Tree
+from megacontext.context.working_context import WorkingContext
+from megacontext.errors import DataError, UserError
+from megacontext.inference import session_state
+from megacontext.inference.entry_cache import EntryCache
+from megacontext.inference.focus import LensScorer
+from megacontext.inference.sampling import check_sampling, row_generators, sample
+from megacontext.inference.session_options import resolve_options
+from megacontext.inference.session_state import APPENDED, GENERATED, SessionState
+from megacontext.inference.session_stats import SessionStats
+from megacontext.model.norm import rms_norm
+
+if TYPE_CHECKING:
+    from megacontext.data.tokenizer import Tokenizer
+    from megacontext.model.gpt import GPT
+
+_log = logging.getLogger(__name__)
+# Tokens whose gists are made at once: of a network on the CPU no more than its matrix products can use.
+_BATCH_TOKENS, _CPU_NETWORK_BATCH_TOKENS = 1 << 16, 1 << 13
+
+OnRefocus = Callable[[FocusReport, WorkingContext], object]
+
+
+class Session:
+    """A growing history with a bounded working context. One thread uses a session at a time.
+
+        with mc.Session(model, tokenizer, budget=512, path="chats/ada") as session:
+            session.append(text)
+            for token in session.generate(max_tokens=64): ...
+
+    A model with a memory (trained with `--mc`) refocuses by its LensNet and routing keys. Any other, nanochat's too,
+    gets the mean of embeddings as gists and a focus by age: it can be tried at once, but was not trained to read gists.
+
+    The model refocuses before the first token after an append, then every `refocus_interval` generated tokens, and
+    earlier when the budget is full. A refocus leaves room for the next interval, so between refocuses each token
+    computes one entry; after an edit everything behind it is computed again: **at most `budget` entries per refocus**,
+    whatever the history's length (`stats.entries_recomputed`). Appending computes no entry at all: text that is folded
+    into gists before the next token is never seen by the GPT.
+
+    `path`: a local folder that holds the session (`tree/`, `session.json`); opened again it is as it was, after a kill
+    too. The greedy continuation is the same up to rounding: a cache built in one piece and one built token by token
+    differ in the last bits. `durable`: every token survives a power cut, at the cost of a flush each (a killed process
+    loses nothing either way). `replace_gists`: continue a stored session with another model, making its gists anew.
+    `on_refocus(report, context)` is called after every refocus. Other options: `SessionOptions`; those of a stored
+    session are its own and need not be repeated.
+
+    Entries are numbered positions for the model (`positional_type` slot), which its tables hold at any budget; a budget
+    above the length it was trained at is allowed, and said in the log.
+
+    Raises UserError for options that cannot be or are not the stored session's, and when it is open for writing
+    elsewhere; DataError when it is of another model or block size, or damaged; StorageError when the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        budget: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        on_refocus: OnRefocus | None = None,
+        durable: bool = False,
+        replace_gists: bool = False,
+        **options: Any,
+    ) -> None:
+        if path is not None and not storage.is_local(os.fspath(path)):
+            raise UserError(f"a session lives in a local folder, not {os.fspath(path)!r}; copy it when it is closed.")
+        self.model, self.tokenizer, self.on_refocus = model, tokenizer, on_refocus
+        self.stats = SessionStats()
+        self._folder: Path | None = None if path is None else storage.local_path(os.fspath(path))
+        self._stop = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos_id))
+        stored = None if self._folder is None else SessionState.load(self._folder)
+        options["budget"] = budget
+        self.options = resolve_options(model, options, stored.options if stored else None, str(path))
+        self.context = WorkingContext.all_raw(0, self.options.block_size)
+        self._allocator = FocusAllocator(self.options.allocator_config())
+        self._since = self._refocused_at = 0
+        self._stale, self._following = False, APPENDED
+        self._dirty = True  # the focus is not what is stored, with what the tree has beyond it
+        self._closed = False
+        self._digest = "" if self._folder is None else session_state.model_digest(model)
+        self.tree = self._open_tree(durable, replace_gists)
+        try:
+            if self._folder is not None:
+                self._reopen(self._folder, replace_gists)
+        except BaseException:
+            self.tree.close()
+            raise
+        self._cache = EntryCache(model, self.tree, self.options.budget)
+        if self.options.budget > model.config.sequence_len:
+            text = "a budget of %d entries is beyond the %d that the model was trained with: expect worse predictions"
+            _log.warning(text, self.options.budget, model.config.sequence_len)
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the history."""
+        return self.context.tokens
+
+    @property
+    def entries(self) -> list[tuple[int, int]]:
+        """[(lod, index), ...] of the working context, tiling [0, tokens)."""
+        return self.context.entries
+
+    def append(self, text_or_ids: str | Sequence[int] | npt.NDArray[np.integer] | torch.Tensor) -> int:
+        """Add text (encoded as it is, without BOS) or ids at the end; returns the tokens of the history.
+
+        Memory beyond the ids themselves does not grow with their number, and the GPT computes nothing. Raises DataError
+        for an id outside the vocabulary, UserError when the budget cannot hold so long a history (nothing is added then),
+        StorageError when the disk is full: `tokens` says what was added before.
+        """
+        self._ready()
+        if isinstance(text_or_ids, str):
+            ids: npt.NDArray[Any] = self.tokenizer.encode_numpy(text_or_ids)
+        else:
+            ids = np.asarray(text_or_ids.cpu() if isinstance(text_or_ids, torch.Tensor) else text_or_ids)
+        if not ids.size:
+            return self.tokens
+        self.options.check_room(self.tokens + ids.size)
+        self._announce(APPENDED)
+        before = self.tokens
+        try:
+            self.tree.append(ids)
+        finally:
+            self._follow()
+            self.stats.appended += self.tokens - before
+        return self.tokens
+
+    def refocus(self) -> FocusReport:
+        """Score the entries and edit the working context now; returns what was done.
+
+        Room for the next `refocus_interval` tokens is made as far as the budget allows.
+        """
+        self._ready()
+        room = self.options.budget - self.options.entries_needed(self.tokens)
+        headroom = max(1, min(self.options.refocus_interval, room))
+        self.context, report = self._allocator.refocus(self.context, self._score(headroom), headroom)
+        self._since, self._refocused_at, self._stale, self._dirty = 0, self.tokens, False, True
+        self._announce(GENERATED)
+        self.stats.add_refocus(report)
+        if self.on_refocus is not None:
+            self.on_refocus(report, self.context)
+        return report
+
+    def generate(
+        self,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[int]:
+        """Yield up to `max_tokens` ids that continue the history; each is part of it when it is yielded.
+
+        Ends after an id of `stop`, which is yielded too: <|assistant_end|> and <|bos|> unless given, () never stops.
+        An empty history begins with BOS. Temperature 0 is greedy; otherwise draws depend on `seed` alone. Raises
+        UserError for settings out of range, a closed session, and when the budget can't hold another token.
+        """
+        self._ready()
+        check_sampling(temperature, top_k)
+        if max_tokens < 0:
+            raise UserError(f"max_tokens is {max_tokens}; it must be 0 or more.")
+        return self._generate(max_tokens, temperature, top_k, seed, self._stop if stop is None else frozenset(stop))
+
+    def close(self) -> None:
+        """Store what is not stored yet and release the folder. Closing twice is fine."""
+        if self._closed:
+            return
+        try:
+            self._ready()
+            if self._dirty:
+                self._announce(self._following)
+        finally:
+            self._closed = True
+            self.tree.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Generating
+
+    def _generate(
+        self, max_tokens: int, temperature: float, top_k: int | None, seed: int, stop: frozenset[int]
+    ) -> Iterator[int]:
+        draws = row_generators(seed, 1)
+        for _ in range(max_tokens):
+            began = time.perf_counter()
+            self._ready()
+            logits = self._logits()
+            token = int(sample(logits[None], temperature, top_k, draws))
+            entries = len(self.context)
+            self._announce(GENERATED)
+            try:
+                self.tree.append([token])
+            finally:
+                self._follow()
+            self.stats.add_token(entries, self.options.budget, 1e3 * (time.perf_counter() - began))
+            yield token
+            if token in stop:
+                return
+
+    def _logits(self) -> torch.Tensor:
+        """Logits [V] of the next token, after the refocus that is due."""
+        options = self.options
+        if not self.tokens:
+            self.append([self.tokenizer.bos_id])
+        options.check_room(self.tokens + 1)
+        if self._stale or self._since >= options.refocus_interval or len(self.context) >= options.budget:
+            self.refocus()
+        logits = self._cache.logits(self.context, self._refocused_at)
+        self.stats.entries_computed, self.stats.entries_recomputed = self._cache.computed, self._cache.recomputed
+        return logits
+
+    def _score(self, headroom: int) -> ScoreFunction:
+        """Scores by the model's memory; zeros, which leave age to decide, without one or while there is nothing to choose."""
+        choice = bool(self.context.lod.any()) or len(self.context) > self.options.budget - headroom
+        if self.model.memory is None or not choice:
+            return lambda context: np.zeros(len(context))
+        return LensScorer(self.model, self.tree, self.options.recent_tokens)
+
+    # What the tree has decides; what is on disk can always be derived again
+
+    def _ready(self) -> None:
+        """Before every operation: the session is open, and has caught up with its tree if it was interrupted."""
+        if self._closed:
+            raise UserError("the session is closed; open it again with the same path, or make a new one.")
+        self._follow()
+
+    def _follow(self) -> None:
+        """Take the tokens that the tree has beyond the working context into it, by how they came."""
+        new = self.tree.tokens - self.context.tokens
+        if new and (self._following == APPENDED or len(self.context) + new > self.options.budget):
+            self.context = self._allocator.extend(self.context, new)
+            self._stale = self._dirty = True
+        elif new:
+            self.context = self.context.append(new)
+            self._since += new
+
+    def _announce(self, following: str) -> None:
+        """Store, before the tree takes tokens, the focus that they follow and how they come."""
+        if (self._dirty or following != self._following) and self._folder is not None:
+            self._state(following).save(self._folder)
+        self._dirty, self._following = False, following
+
+    def _state(self, following: str) -> SessionState:
+        return SessionState(
+            options=vars(self.options).copy(),
+            model_digest=self._digest,
+            tokens=self.tokens,
+            lods=session_state.lod_runs(self.context),
+            since_refocus=self._since,
+            refocused_at=self._refocused_at,
+            stale=self._stale,
+            following=following,
+            allocator=self._allocator.state(),
+        )
+
+    # Opening
+
+    def _open_tree(self, durable: bool, replace_gists: bool) -> Tree:
+        options, vocabulary = self.options, self.model.config.vocab_size
+        gist = session_gist(self.model, options.block_size)
+        on_cpu = self.model.memory is not None and self.model.device.type == "cpu"
+        batch = _CPU_NETWORK_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
+        if self._folder is None:
+            return Tree(gist, vocab_size=vocabulary, max_lod=options.max_lod, dtype=options.dtype, batch_tokens=batch)
+        return Tree.open(
+            str(self._folder / session_state.TREE),
+            gist,
+            vocab_size=vocabulary,
+            max_lod=options.max_lod,
+            dtype=options.dtype,
+            durable=durable,
+            replace_gists=replace_gists,
+            batch_tokens=batch,
+        )
+
+    def _reopen(self, folder: Path, replace_gists: bool) -> None:
+        """Take up the stored focus, now that the folder is ours, and what the tree has beyond it."""
+        session_state.remove_leftovers(folder)
+        stored, held = SessionState.load(folder), self.tree.tokens
+        if stored is not None and stored.model_digest != self._digest and not replace_gists:
+            raise DataError(
+                f"the session at {str(folder)!r} is of another model with the same embeddings. Open it with the model "
+                "that made it; or go on with this one by replace_gists=True."
+            )
+        if stored is not None and stored.tokens <= held:
+            self.context = stored.context(self.tree.block_size)
+            self._allocator.restore(stored.allocator, self.tree.block_size)
+            self._since, self._refocused_at, self._stale = stored.since_refocus, stored.refocused_at, stored.stale
+            self._dirty, self._following = stored.model_digest != self._digest, stored.following
+        elif held:  # the state was deleted, or a power cut took ids that it counts with
+            _log.warning(
+                "the session at %s keeps its %d tokens; its stored focus is lost and starts anew", folder, held
+            )
+        self._follow()
+        if self._dirty:
+            self._announce(self._following)
+
+
+def session_gist(model: GPT, block_size: int) -> GistFunction:
+    """The model's memory, or means of its normed token embeddings for a model without one."""
+    if model.memory is not None:
+        return model.memory
+    with torch.no_grad():
+        weight = cast(torch.nn.Embedding, model.transformer["wte"]).weight
+        digest = session_state.weights_digest("mean of embeddings", [("wte", weight)])
+        return MeanGist(rms_norm(weight.detach().float()), block_size, model.config.n_embd, digest)
