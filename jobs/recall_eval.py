@@ -34,9 +34,10 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import DataError, UserError
 from megacontext.eval.methods import METHODS, choose_methods
 from megacontext.eval.recall import Answer, evaluate_recall, summarize
-from megacontext.telemetry import provenance
+from megacontext.telemetry import provenance, report
 from megacontext.train.worker import choose_device
 
+STAGE = "recall_eval"
 HISTORY_BUDGETS = 16  # default length of a history, in budgets
 _HAYSTACK_HISTORIES = 4  # text read for a haystack, in histories: items begin at different places of it
 _COLORS = ("#94a3b8", "#64748b", "#a16207", "#d97706", "#9333ea", "#0891b2", "#059669", "#2563eb", "#dc2626", "#0f172a")
@@ -132,13 +133,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "provenance": provenance.collect(),
     }
-    print(table(result), flush=True)
+    text = table(result)
+    print(text, flush=True)
+    store(args, result, text)
+    return result
+
+
+def store(args: argparse.Namespace, result: Mapping[str, Any], text: str) -> None:
+    """Write the JSON and its picture, and hand both to the report of the checkpoint's run, beside those of other tasks."""
+    picture = plot(result)
     if args.json:
         storage.write_json(args.json, result)
-        picture = args.json.removesuffix(".json") + ".png"
-        storage.write_bytes(picture, plot(result))
-        print(f"wrote {args.json} and {picture}", flush=True)
-    return result
+        beside = args.json.removesuffix(".json") + ".png"
+        storage.write_bytes(beside, picture)
+        print(f"wrote {args.json} and {beside}", flush=True)
+    run_dir = report.run_of_checkpoint(args.checkpoint)
+    if run_dir is None:
+        return
+    known = report.read_stage(run_dir, STAGE) or {"seconds": 0.0, "metrics": {}, "text": {}}
+    name = f"{STAGE}/{args.task}_{result['config']['history']}"
+    found = {f"{name}_{method}": row["accuracy"] for method, row in result["methods"].items()}
+    found |= {f"{name}_{key}": result[key] for key in ("lens_recall", "lens_regret") if key in result}
+    report.write_stage(
+        run_dir, STAGE, known["seconds"] + result["seconds"], 0.0, known["metrics"] | found,
+        known["text"] | {f"{name}_table": text},
+    )  # fmt: skip
+    report.write_picture(run_dir, name.replace("/", "_"), picture)
+    print(f"in the next report of {run_dir}", flush=True)
 
 
 class Progress:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -248,3 +250,24 @@ def test_auto_batch_says_what_it_changed(capsys: pytest.CaptureFixture[str]) -> 
     assert "device batch 32 -> 4 rows" in capsys.readouterr().out
     assert with_fitting_batch(train_config, MemoryConfig(mc=1, mc_auto_batch=0), 2048) == train_config
     assert capsys.readouterr().out == ""
+
+
+def test_steps_are_spans_with_what_they_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step sends its timing and batch statistics when a collector is named."""
+    from megacontext.telemetry import otel
+
+    seen: list[str] = []
+
+    class Recorded(otel.Span):
+        def event(self, name: str, **values: Any) -> None:
+            seen.append(name)
+            assert values
+
+    @contextmanager
+    def span(self: otel.Telemetry, name: str, parent: Any = None, **values: Any) -> Iterator[otel.Span]:
+        seen.append(name)
+        yield Recorded(None)
+
+    monkeypatch.setattr(otel.Telemetry, "span", span)
+    train_here(make_mc_task(folder, "spans", num_iterations=2, save_every=-1))
+    assert seen == ["train_step", "mc_timing", "mc_batch_stats"] * 2

@@ -142,7 +142,7 @@ def test_a_cluster_ends_when_its_client_is_killed(tmp_path: Path) -> None:
     below = one_machine.descendants(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while one_machine.alive(below) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert len(below) > 3

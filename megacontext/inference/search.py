@@ -6,7 +6,6 @@ a small part of them; `max_visits` bounds the work, whatever the length of the h
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,8 @@ from megacontext.model.memory import Memory
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+
+OPENED_AT_ONCE = 16  # reading nodes one by one would cost more than the few that need not have been read
 
 
 @dataclass(frozen=True)
@@ -37,42 +38,49 @@ class Found:
 def search(tree: Tree, memory: Memory, query: torch.Tensor, top_k: int, max_visits: int, before: int) -> Found:
     """The `top_k` blocks that match a query [K] best among those that end at or before token `before`.
 
-    At most `max_visits` nodes are opened (32 reads each); `exact` says whether that was enough.
+    The nodes with the highest bounds are opened a few at a time, at most `max_visits` in all, until no bound is above
+    the matches found; `exact` says whether that point was reached.
     """
     r, blocks = tree.block_size, before // tree.block_size
-    heap: list[tuple[float, int, int]] = []  # (-match, level, index)
+    roots = [np.arange(tree.count(level + 1) * r, tree.count(level)) for level in range(1, tree.levels + 1)]
+    opened = [
+        _matched(tree, memory, query, level, index[index * r ** (level - 1) < blocks])
+        for level, index in enumerate(roots, 1)
+    ]
+    nodes = np.concatenate(opened) if opened else np.empty((0, 3))  # match, level, index
+    visits, exact = 0, False
+    while True:
+        leaf = nodes[:, 1] == 1
+        matches = nodes[leaf, 0]
+        least = np.partition(matches, -top_k)[-top_k] if len(matches) >= top_k else -np.inf
+        worth = np.flatnonzero(~leaf & (nodes[:, 0] > least))
+        exact = not len(worth)
+        if exact or visits >= max_visits:
+            break
+        chosen = worth[np.argsort(-nodes[worth, 0], kind="stable")[: min(OPENED_AT_ONCE, max_visits - visits)]]
+        visits += len(chosen)
+        parts = [np.delete(nodes, chosen, axis=0)]
+        for level in np.unique(nodes[chosen, 1]).astype(int).tolist():
+            parents = nodes[chosen[nodes[chosen, 1] == level], 2].astype(np.int64)
+            children = np.sort((parents[:, None] * r + np.arange(r)).reshape(-1))
+            children = children[children * r ** (level - 2) < blocks]
+            parts.append(_matched(tree, memory, query, level - 1, children))
+        nodes = np.concatenate(parts)
+    found = nodes[nodes[:, 1] == 1]
+    found = found[np.lexsort((-found[:, 2], -found[:, 0]))]  # of equals the newest
+    return Found(found[:top_k, 2].astype(np.int64), found[:top_k, 0], found[top_k:, 0], visits, exact)
 
-    def push(level: int, index: I64) -> None:
-        index = index[index * r ** (level - 1) < blocks]
-        if len(index):
-            keys = memory.keys(tree.records(level, index).float().to(query.device))
-            matches = memory.match(query, keys).cpu().double().numpy()
-            for node, found in zip(index.tolist(), matches.tolist(), strict=True):
-                heapq.heappush(heap, (-found, level, node))
 
-    for level in range(tree.levels, 0, -1):  # the nodes without a parent
-        push(level, np.arange(tree.count(level + 1) * r, tree.count(level), dtype=np.int64))
-    best: list[tuple[float, int]] = []
-    visits = 0
-    while heap and len(best) < top_k and (visits < max_visits or heap[0][1] == 1):
-        bound, level, index = heapq.heappop(heap)
-        if level == 1:
-            best.append((-bound, index))
-            continue
-        visits += 1
-        push(level - 1, np.arange(index * r, (index + 1) * r, dtype=np.int64))
-    exact = len(best) == top_k or not heap
-    leaves = sorted((-bound, -index) for bound, level, index in heap if level == 1)[::-1]
-    missing = top_k - len(best)
-    best += [(found, -index) for found, index in leaves[:missing]]
-    rest = leaves[missing:]
-    return Found(
-        np.array([index for _, index in best], np.int64),
-        np.array([match for match, _ in best]),
-        np.array([match for match, _ in rest]),
-        visits,
-        exact,
-    )
+def _matched(
+    tree: Tree, memory: Memory, query: torch.Tensor, level: int, index: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float64]:
+    """Nodes of a level as rows (match, level, index)."""
+    rows = np.empty((len(index), 3))
+    rows[:, 1], rows[:, 2] = level, index
+    if len(index):
+        keys = memory.keys(tree.records(level, index).to(query.device, torch.float32))
+        rows[:, 0] = memory.match(query, keys).cpu().numpy()
+    return rows
 
 
 def scan(tree: Tree, memory: Memory, query: torch.Tensor, top_k: int, before: int, batch: int = 1 << 14) -> Found:

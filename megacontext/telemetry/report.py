@@ -60,6 +60,13 @@ def write_stage(
     storage.write_json(storage.join(run_dir, "stages", f"{stage}.json"), value)
 
 
+def read_stage(run_dir: str, stage: str) -> dict[str, Any] | None:
+    """What `write_stage` stored of a stage, or None."""
+    path = storage.join(run_dir, "stages", f"{stage}.json")
+    known: dict[str, Any] | None = storage.read_json(path) if storage.exists(path) else None
+    return known
+
+
 def run_of_checkpoint(path: str) -> str | None:
     """The run folder that a checkpoint path lies in or is; None for a checkpoint that stands alone."""
     if storage.exists(storage.join(path, "checkpoints")):

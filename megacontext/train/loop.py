@@ -17,6 +17,8 @@ from megacontext.data.stream import Batch, BatchPlan, MmapStream
 from megacontext.errors import NonFiniteLossError
 from megacontext.eval.samples import continuations
 from megacontext.model.flops import peak_flops
+from megacontext.telemetry import otel
+from megacontext.telemetry.otel import Telemetry
 from megacontext.telemetry.rows import RowLog
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train import schedule
@@ -64,8 +66,11 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
     if setup.mix is not None:
         batches = setup.mix.over(batches)
     try:
-        with RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log:
-            finished = _loop(setup, batches, writer, tracker, rows_log)
+        with (
+            RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log,
+            otel.from_environment({} if worker.rank else None, stage=task.stage) as telemetry,
+        ):
+            finished = _loop(setup, batches, writer, tracker, rows_log, telemetry)
     finally:
         close = getattr(batches, "close", None)
         if close is not None:
@@ -78,7 +83,12 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
 
 
 def _loop(
-    setup: Setup, batches: Iterator[Batch], writer: CheckpointWriter | None, tracker: Tracker, rows_log: RowLog
+    setup: Setup,
+    batches: Iterator[Batch],
+    writer: CheckpointWriter | None,
+    tracker: Tracker,
+    rows_log: RowLog,
+    telemetry: Telemetry,
 ) -> bool:
     worker, state, cfg = setup.worker, setup.state, setup.task.train
     stepper = Stepper(setup.forward, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
@@ -102,7 +112,11 @@ def _loop(
         began = time.perf_counter()
         try:
             asked = worker.rank == 0 and worker.stop_requested()
-            result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
+            with telemetry.span("train_step", step=step) as span:
+                result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
+                if result.metrics:
+                    span.event("mc_timing", **{f"{name}_ms": ms for name, ms in stepper.watch.phases_ms().items()})
+                    span.event("mc_batch_stats", **{name.removeprefix("mc/"): x for name, x in result.metrics.items()})
         except NonFiniteLossError:
             if writer is not None and step > 0:
                 _save(setup, writer)
