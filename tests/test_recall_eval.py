@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megacontext as mc
-from jobs import recall_eval
+from jobs import recall_eval, recall_ladder
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.parquet import encode_texts
 from megacontext.data.recall import recall_items
@@ -227,3 +227,30 @@ def test_bad_flags_and_bad_text(folder: Path, tmp_path: Path) -> None:
         recall_eval.haystack_ids(str(tmp_path / "latin.txt"), tokenizer, 10)
     with pytest.raises(DataError, match="holds no text"):
         recall_eval.haystack_ids(str(tmp_path / "empty.txt"), tokenizer, 10)
+
+
+def test_the_ladder_asks_each_question_once_and_judges_by_its_bar(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = "window,ours,oracle"
+    rungs = (
+        recall_ladder.Rung("expansion", "mk_niah", 4, 4, methods, "oracle", 0.0, questions=2),
+        recall_ladder.Rung("search", "mk_niah", 4, 4, methods, "ours", 1.01, questions=2),
+        recall_ladder.Rung("left out", "niah", 4, 4, methods, "ours", 0.5),
+    )
+    monkeypatch.setattr(recall_ladder, "RUNGS", rungs)
+    asked: list[Any] = []
+    ask = recall_eval.run
+    monkeypatch.setattr(recall_eval, "run", lambda args: asked.append(args) or ask(args))
+    args = recall_ladder.parse(["--budget", "64", "--rungs", "1,2", "--items", "0.5", "--seed", "3"])
+    rows = recall_ladder.climb(args, str(folder / "ours"), str(tmp_path))
+    assert len(asked) == 1
+    assert (asked[0].items, asked[0].history, asked[0].seed) == (2, 256, 1003)
+    assert [(row["rung"], row["judged"], row["met"], row["questions"]) for row in rows] == [
+        (1, "oracle", True, 4), (2, "ours", False, 4),
+    ]  # fmt: skip
+    assert rows[0]["accuracy"] == rows[1]["others"]["oracle"]
+    text = recall_ladder.table(rows)
+    assert "met" in text.splitlines()[0]
+    assert "MISSED" in text.splitlines()[1]
+    assert (tmp_path / "rung_1.json").exists()
