@@ -7,7 +7,8 @@ then appended in turns with the first tenth of a second tree, so that both meet 
 `open` is a clean reopening, `open after crash` one after a
 writer died with a tenth of the history not flushed (at most a million tokens). `build` makes the tree of
 `--build_tokens` tokens in memory at once, against a loop over blocks that makes one gist at a time, and against the
-same loop growing its tensors by concatenation at every block; all three must agree. Times are CPU time of this process
+same loop growing its tensors by concatenation at every block; all three must agree. `gistnet` is the default network of
+a depth-4 GPT of `--gist_width` making the same kind of tree, in FLOP/s beside those of the machine's own matrix product. Times are CPU time of this process
 unless they say wall; opening is wall time. Prints a table; the last line is JSON.
 """
 
@@ -27,8 +28,11 @@ import torch
 from torch import Tensor
 
 from megacontext import precision
-from megacontext.context.gist_function import MeanGist
+from megacontext.config import GPTConfig, MemoryConfig
+from megacontext.context.gist_function import MeanGist, build_levels
 from megacontext.context.tree import Tree, all_records
+from megacontext.model import flops
+from megacontext.model.gpt import GPT
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     table = torch.randn(args.vocab, args.width, generator=torch.Generator().manual_seed(0))
     gist = MeanGist(table, args.block_size, args.width)
     result.update(measure_build(gist, table, args))
+    result.update(measure_gistnet(args))
     with tempfile.TemporaryDirectory(prefix="bench-tree-", dir=args.dir or None) as folder:
         result.update(measure_disk(gist, folder, args))
     for key, value in result.items():
@@ -55,10 +60,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=64, help="floats of a record")
     parser.add_argument("--block_size", type=int, default=32, help="children of a gist")
     parser.add_argument("--vocab", type=int, default=8192, help="tokens in the vocabulary")
+    parser.add_argument("--gist_width", type=int, default=256, help="width of the GPT whose GistNet is measured")
+    parser.add_argument("--gist_tokens", type=int, default=8192, help="tokens of the tree that GistNet makes")
     parser.add_argument("--dir", default="", help="folder for the tree; the system's temporary folder unless given")
     parser.add_argument("--repeats", type=int, default=3, help="turns of building; the fastest of each is shown")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 0 is all cores")
     return parser
+
+
+def measure_gistnet(args: argparse.Namespace) -> dict[str, float]:
+    """GFLOP/s of the default GistNet and router on a whole tree, and of the matrix product that is most of their work."""
+    width, tokens = args.gist_width, args.gist_tokens
+    gpt = GPTConfig.from_depth(4, vocab_size=args.vocab, sequence_len=1024, width=width)
+    model = GPT(gpt)
+    memory = model.attach_memory(MemoryConfig(mc=1))
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(0, args.vocab, (1, tokens), generator=torch.Generator().manual_seed(0))
+    x, weight = torch.randn(tokens, width), torch.randn(4 * width, width)
+    with torch.no_grad():
+        product = _best(lambda: torch.nn.functional.linear(x, weight), 3 * args.repeats)
+        tree = _best(lambda: build_levels(ids, memory, memory.config.max_lod), args.repeats)
+    matmul, gistnet = 2 * tokens * width * 4 * width / product, flops.tree_flops(gpt, memory.config, tokens) / tree
+    return {"matmul_gflops": matmul / 1e9, "gistnet_gflops": gistnet / 1e9, "gistnet_over_matmul": gistnet / matmul}
 
 
 def measure_disk(gist: MeanGist, folder: str, args: argparse.Namespace) -> dict[str, Any]:
