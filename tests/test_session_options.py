@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from session_programs import BLOCK, OPTIONS, PLAIN, VOCAB, make_model, make_tokenizer, random_ids
 
 import megacontext as mc
-from megacontext.bench import session as bench_session
+from jobs import bench_session
 from megacontext.context.invariants import check_working_context
 from megacontext.context.working_context import smallest_budget
 from megacontext.errors import DataError, UserError
@@ -121,8 +121,8 @@ def test_calls_that_cannot_be() -> None:
 
 
 def test_the_benchmark_measures_every_history() -> None:
-    sizes = ["--histories", "128", "1024", "--budget", "64", "--tail", "16", "--tokens", "16", "--turn", "8"]
+    sizes = ["--histories", "128", "1024", "--budget", "96", "--tail", "16", "--tokens", "16", "--turn", "8"]
     result = bench_session.main([*sizes, "--depth", "1", "--width", "64"])
     assert [row["history"] for row in result["rows"]] == [128, 1024]
-    assert all(row["ms_per_token"] > 0 and row["entries"] <= 64 for row in result["rows"])
+    assert all(row["ms_per_token"] > 0 and row["entries"] <= 96 for row in result["rows"])
     assert result["last_over_first"] > 0

@@ -1,7 +1,7 @@
 """What a token of a session costs at different lengths of history, refocuses included.
 
-    python -m megacontext.bench.session --histories 16384 1000000 --budget 256 --tokens 256
-    python -m megacontext.bench.session --checkpoint runs/mine
+    python jobs/bench_session.py --histories 16384 1000000 --budget 256 --tokens 256
+    python jobs/bench_session.py --checkpoint runs/mine
 
 Each history is appended to a session of its own; then the sessions generate in turns, `--turn` tokens at a time, so that
 both meet the same load. Without a checkpoint the model has random weights and a memory. Times are CPU time of this
@@ -9,6 +9,12 @@ process; with `--threads 1` they are what one core needs. Prints a table; the la
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import json
@@ -19,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacontext import api, precision
+import megacontext as mc
+from megacontext import precision
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer
-from megacontext.inference.session import Session
 from megacontext.model.gpt import GPT
 
 
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     random = np.random.default_rng(0)
     sessions = []
     for history in args.histories:
-        session = Session(model, tokenizer, args.budget, recent_tokens=args.tail)
+        session = mc.Session(model, tokenizer, args.budget, recent_tokens=args.tail)
         began = time.process_time()
         session.append(random.integers(0, model.config.vocab_size - 9, history))
         sessions.append((session, time.process_time() - began))
@@ -82,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     if args.checkpoint:
-        model, tokenizer = api.load(args.checkpoint)
+        model, tokenizer = mc.load(args.checkpoint)
     else:
         tokenizer = Tokenizer.train([__doc__ or ""] * 4, 300)
         shape = GPTConfig.from_depth(
