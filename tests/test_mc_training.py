@@ -171,7 +171,7 @@ def test_continuing_with_another_memory_is_refused(tmp_path: Path, memory: Memor
     train_here(make_mc_task(tmp_path, "run", num_iterations=2))
     with pytest.raises(CheckpointError, match=message):
         train_here(make_mc_task(tmp_path, "run", memory, num_iterations=2))
-    inference = replace(MEMORY, mc_infer_refocus_interval=7, allocator_expand_threshold=0.3, mc_tree="disk")
+    inference = replace(MEMORY, mc_infer_refocus_interval=7, allocator_expand_threshold=0.3)
     assert train_here(make_mc_task(tmp_path, "run", inference, num_iterations=2)).finished
 
 

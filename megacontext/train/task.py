@@ -20,10 +20,9 @@ FREE_TRAIN_FLAGS = frozenset(
 )  # fmt: skip
 # Settings of a memory that training does not read: they decide how it is used.
 FREE_MEMORY_FLAGS = frozenset(
-    {"allocator_type", "allocator_soft_max_length", "allocator_expand_threshold", "allocator_collapse_threshold",
-     "allocator_max_replacements", "allocator_iterations", "allocator_sample_top_k", "allocator_sample_temperature", "mc_tree",
-     "mc_auto_batch", "mc_eval_soft_max_length", "mc_infer_allocator_max_replacements", "mc_infer_allocator_iterations",
-     "mc_infer_refocus_interval"}
+    {"allocator_type", "allocator_expand_threshold", "allocator_collapse_threshold", "allocator_sample_top_k",
+     "allocator_sample_temperature", "mc_auto_batch", "mc_eval_soft_max_length", "mc_infer_allocator_max_replacements",
+     "mc_infer_allocator_iterations", "mc_infer_refocus_interval"}
 )  # fmt: skip
 HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "target_param_data_ratio"})
 
