@@ -214,6 +214,9 @@ class MemoryConfig:
     )
     mc_route_loss_weight: float = flag(1.0, "weight of the loss that finds the block of a known answer")
     mc_lens_loss_weight: float = flag(0.1, "weight of the lens loss")
+    mc_lens_attention_weight: float = flag(
+        1.0, "in that loss: weight of the scores that the attention of the newest tokens to raw text asks for"
+    )
     mc_lens_temperature: float = flag(1.0, "of its Bradley-Terry term; lower is sharper")
     mc_lens_adv_norm_beta: float = flag(0.9, "memory of the running scale of advantages")
     mc_lens_kl_weight: float = flag(0.0, "weight of the divergence of the scores from an even distribution")

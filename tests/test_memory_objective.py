@@ -206,12 +206,25 @@ def test_each_module_is_taught_by_its_own_terms() -> None:
     assert reached["mc_route_loss_weight"] == {"router"}
 
 
+def test_the_lens_learns_what_raw_text_attends_to() -> None:
+    model, batch = new_model(replace(TASKS, mc_recall_share=0.0)), new_batch()
+    objective = objective_of(model)
+    learner = torch.optim.AdamW(model.memory.lens.parameters(), lr=1e-2)
+    agreed = []
+    for _ in range(60):
+        grads(model, loss_of(objective, batch))
+        agreed.append(means(objective)["attention_corr"])
+        learner.step()
+    assert agreed[0] < 0.5
+    assert agreed[-1] > 0.8
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"mc_lens_kl_weight": 1.0}, {"mc_lens_budget_smooth_weight": 1.0}, {"mc_lens_budget_weight": 0.0},
         {"mc_lens_rank_weight": 0.0}, {"mc_lens_margin": 0.5}, {"mc_lens_temperature": 0.2},
-        {"mc_lens_hard_negative_ratio": 0.3}, {"mc_max_counterfactuals": 3}, {"mc_lens_loss_weight": 0.5},
+        {"mc_lens_hard_negative_ratio": 0.3}, {"mc_max_counterfactuals": 3}, {"mc_lens_attention_weight": 0.0}, {"mc_lens_loss_weight": 0.5},
         {"mc_gist_penalty_weight": 1.0}, {"mc_gist_loss_weight": 0.5}, {"mc_route_loss_weight": 0.5},
         {"mc_num_random_variants": 2}, {"mc_recall_answer_weight": 1.0}, {"mc_train_wc_length": 32}, {"allocator_recent_tokens": 4}, {"max_lod": 1},
         {"gistnet_type": "mean"}, {"gistnet_layers": 4}, {"gistnet_pooling": "query"}, {"gistnet_head": "linear"},

@@ -54,9 +54,8 @@ class CausalSelfAttention(nn.Module):
         for part, view in zip(parts, self.fused_qkv.split([len(part) for part in parts]), strict=True):  # type: ignore[no-untyped-call]
             part.data = view
 
-    def forward(
-        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated, normed queries [B, H, T, K] and keys, and values [B, Hkv, T, K], of x [B, T, D]."""
         batch, tokens, _ = x.shape
         weight = self.fused_qkv
         if weight is None:
@@ -64,7 +63,13 @@ class CausalSelfAttention(nn.Module):
         qkv = F.linear(x, weight).view(batch, tokens, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)  # type: ignore[no-untyped-call]
         q, k = rotate_and_norm(qk, rotary).split([self.n_head, self.n_kv_head], dim=2)  # type: ignore[no-untyped-call]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, K]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.insert(self.layer, k, v)
         y = attend(q, k, v, mask)

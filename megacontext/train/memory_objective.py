@@ -22,6 +22,7 @@ from megacontext.model.cross_entropy import weighted_cross_entropy
 from megacontext.model.gpt import GPT, SOFTCAP
 from megacontext.model.memory import Memory
 from megacontext.model.rotary import Rotary
+from megacontext.train.attention_labels import block_attention, relative_scores
 from megacontext.train.lens_loss import RunningScales, compare, correlation, lens_terms, route, utility_loss
 from megacontext.train.meter import Meter
 from megacontext.train.step_plan import (
@@ -39,7 +40,7 @@ from megacontext.train.step_plan import (
 from megacontext.train.throughput import Stopwatch
 from megacontext.train.views import ViewSettings, choose_blocks, draw_views, single_expansions
 
-LENS_TERMS = ("preference", "rank", "budget", "budget_smooth", "kl", "utility")
+LENS_TERMS = ("preference", "rank", "budget", "budget_smooth", "kl", "utility", "attention")
 
 
 class MemoryObjective:
@@ -89,7 +90,7 @@ class MemoryObjective:
             heavy = view_emphasis(settings, views.variants, batch, config.mc_recall_answer_weight)
             variants = view_tensors(self.model, settings, views.variants, targets, device, heavy)
         text = text_rows(batch)
-        if len(text) and (settings.variants > 1 or config.mc_max_counterfactuals):
+        if len(text) and (settings.variants > 1 or config.mc_max_counterfactuals or config.mc_lens_attention_weight):
             lens = lens_tensors(self.model, settings, views.reference, views.variants, text, device)
         questions = route_tensors(settings, batch, device) if self.memory.router is not None else None
         watch.mark("controller")
@@ -107,7 +108,7 @@ class MemoryObjective:
             total = total + config.mc_gist_loss_weight * loss
             advantage = newest.view(len(ids), -1) - base[:, None]
         if lens is not None:
-            loss = self._lens(table, lens, advantage, batch, device)
+            loss = self._lens(table, lens, advantage, x.detach(), batch)
             total = total + config.mc_lens_loss_weight * loss
         if questions is not None:
             total = total + config.mc_route_loss_weight * self._route(levels[0], questions)
@@ -157,7 +158,7 @@ class MemoryObjective:
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return weighted_cross_entropy(hidden, self.model.lm_head.weight, targets, weights, cap=SOFTCAP)
 
-    def _lens(self, table: Tensor, lens: LensTensors, advantage: Tensor, batch: Batch, device: torch.device) -> Tensor:
+    def _lens(self, table: Tensor, lens: LensTensors, advantage: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """The lens loss of the text rows, whose newest tokens are foreseeable; a task's questions are not, and are
         what the router is for."""
         seen = table.detach()  # the lens judges gists, it does not shape them
@@ -170,12 +171,23 @@ class MemoryObjective:
         self.meter.add("score_mean", scores.mean(1).sum(), rows)
         terms = self._preferences(scores, lens.raw, advantage[lens.text])
         if self.config.mc_max_counterfactuals:
-            terms["utility"] = self._utility(table, batch, scores, lens.text, device)
+            terms["utility"] = self._utility(table, batch, scores, lens.text)
+        if self.config.mc_lens_attention_weight:
+            terms["attention"] = self.config.mc_lens_attention_weight * self._attention(x[lens.text], scores)
         for name, term in terms.items():
             self.meter.add(f"lens_{name}", term * rows, rows)
         loss = torch.stack(list(terms.values())).sum()
         self.meter.add("lens_loss", loss * rows, rows)
         return loss * (rows * self.world_size / self.rows_per_step)
+
+    def _attention(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Mean squared distance of the scores [R, n] from those that the raw rows' own attention asks for."""
+        settings = self.settings
+        found = block_attention(self.model, x, settings.horizon, settings.blocks, settings.block_size)
+        wanted = relative_scores(found)
+        together, exists = correlation(scores.detach(), wanted)
+        self.meter.add("attention_corr", together.sum(), exists.sum())
+        return (scores - wanted).square().mean()
 
     def _preferences(self, scores: Tensor, raw: Tensor, advantage: Tensor) -> dict[str, Tensor]:
         scale = self.running.advantage_scale(self.config.mc_lens_adv_norm_beta)
@@ -203,13 +215,13 @@ class MemoryObjective:
         _, losses = self._cross_entropy(states.index_select(0, rows), views.targets[views.newest].flatten(), counted)
         return (losses.view(views.newest.shape) * views.newest_weights).sum(1)
 
-    def _utility(self, table: Tensor, batch: Batch, scores: Tensor, text: Tensor, device: torch.device) -> Tensor:
+    def _utility(self, table: Tensor, batch: Batch, scores: Tensor, text: Tensor) -> Tensor:
         """Loss of the scores of a few blocks against what expanding each was measured to be worth."""
         settings = self.settings
         chosen = choose_blocks(settings, self.seed, batch.positions, self.config.mc_max_counterfactuals)
         rows, count = chosen.shape
         base, single = single_expansions(settings, chosen)
-        targets = batch.targets.numpy()
+        targets, device = batch.targets.numpy(), table.device
         before = self._measure(table, view_tensors(self.model, settings, base, targets, device))
         after = self._measure(table, view_tensors(self.model, settings, single, targets, device))
         utility = (before[:, None] - after.view(rows, count))[text]
@@ -270,6 +282,6 @@ def _metric_names(settings: ViewSettings) -> tuple[str, ...]:
         "token_loss", "answer_loss", "gist_loss", "gist_ce", "gist_penalty", "lens_loss", "route_loss", "route_accuracy",
         "adv_delta_mean", "adv_delta_std", "adv_delta_p95", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "gap_square", "score_mean",
-        "utility_square", *(f"lens_{name}" for name in LENS_TERMS), *(f"lod_loss/{level}" for level in levels),
+        "utility_square", "attention_corr", *(f"lens_{name}" for name in LENS_TERMS), *(f"lod_loss/{level}" for level in levels),
         *(f"lod_count/{level}" for level in levels),
     )  # fmt: skip

@@ -1,0 +1,46 @@
+"""What LensNet is taught about text: which old blocks the newest tokens attend to when all of the row is raw.
+
+As the index of sparse attention is taught from full attention (DeepSeek-V3.2, 2025): a label for every block of every
+row, where comparing working contexts gives one noisy number a row.
+
+Shapes: B rows, T tokens, D width, H heads, Q newest tokens, n blocks before the tail, r block size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megacontext.model.gpt import GPT
+from megacontext.model.norm import rms_norm
+
+
+@torch.no_grad()
+def block_attention(model: GPT, x: Tensor, newest: int, blocks: int, block_size: int) -> Tensor:
+    """Attention [B, n] of the last Q tokens to each of the first n blocks: mean over tokens, heads and layers.
+
+    x [B, T, D]: inputs of the raw rows. A row's first token does not count: heads that look for nothing look there.
+    """
+    rows, tokens, _ = x.shape
+    rotary = model.rotary_table.slice(0, tokens, x.device)
+    later = torch.ones(newest, tokens, dtype=torch.bool, device=x.device).triu(tokens - newest + 1)
+    total = x.new_zeros(rows, blocks, dtype=torch.float32)
+    for block in model.blocks:
+        q, k, _ = block.attn.project(rms_norm(x), rotary)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = q[:, :, tokens - newest :] @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        weights = logits.float().masked_fill(later, -torch.inf).softmax(3)
+        weights[..., 0] = 0.0
+        old = weights[..., : blocks * block_size].mean((1, 2))
+        total += old.view(rows, blocks, block_size).sum(2)
+        if block is not model.blocks[-1]:
+            x = block(x, rotary, None, None)
+    return total / len(model.blocks)
+
+
+def relative_scores(attention: Tensor) -> Tensor:
+    """Scores [B, n] in (-1, 1) to teach, of attention [B, n]: by how many spreads a block's logarithm is above the row's
+    mean, squashed. So half of a row deserves detail and half does not, whatever the length of the history."""
+    logs = attention.clamp(min=1e-9).log()
+    centred = logs - logs.mean(1, keepdim=True)
+    return torch.tanh(centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3))
