@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from megacontext import precision, storage
 from megacontext.config import GPTConfig, MemoryConfig
@@ -12,6 +14,7 @@ from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, save_nanochat_model
 from megacontext.train.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, load_checkpoint
 
+_Section = TypeVar("_Section", GPTConfig, MemoryConfig)
 STAGES = ("rl", "sft", "mid", "base")  # later stages first
 
 
@@ -45,9 +48,9 @@ def load(
     own = _own_checkpoint(path, stage, step)
     if own is not None:
         loaded = load_checkpoint(own, with_optimizer=False)
-        model = GPT(GPTConfig(**loaded.meta["model_config"]))
+        model = GPT(_settings(GPTConfig, loaded.meta["model_config"], own))
         if loaded.meta.get("memory_config"):
-            model.attach_memory(MemoryConfig(**loaded.meta["memory_config"]))
+            model.attach_memory(_settings(MemoryConfig, loaded.meta["memory_config"], own))
         load_weights(model, loaded.model, own)
         tokenizer_dir = storage.join(own, "tokenizer")
     else:
@@ -65,6 +68,17 @@ def load(
     model.to(where)
     model.compute_dtype = precision.choose_dtype(dtype, model.device)
     return model.eval(), tokenizer
+
+
+def _settings(section: type[_Section], stored: Mapping[str, Any], path: str) -> _Section:
+    """A configuration as a checkpoint stored it; settings that are newer than the checkpoint have their defaults."""
+    unknown = sorted(set(stored) - {field.name for field in fields(section)})
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint {path!r} was written by another version of megacontext: there is no setting "
+            f"{', '.join(unknown)} here. Load it with that version, or train it anew."
+        )
+    return section(**stored)
 
 
 def save_nanochat(

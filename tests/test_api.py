@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ def test_chosen_step_and_newest(tmp_path: Path) -> None:
     early, _ = mc.load(task.run_dir, step=9)
     late, _ = mc.load(task.run_dir)
     assert not torch.equal(early.lm_head.weight, late.lm_head.weight)
+
+
+@pytest.mark.parametrize("section", ["model_config", "memory_config"])
+def test_a_setting_that_this_version_does_not_have_is_named(
+    tmp_path: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train_here(make_task(tmp_path))
+    loaded = load_checkpoint(result.checkpoint, with_optimizer=False)
+    newer = {**loaded.meta, section: {**loaded.meta.get(section, {}), "wings": 2}}
+    monkeypatch.setattr("megacontext.api.load_checkpoint", lambda *_, **__: replace(loaded, meta=newer))
+    with pytest.raises(CheckpointError, match=r"another version of megacontext: there is no setting wings"):
+        mc.load(result.checkpoint)
 
 
 def test_remote_checkpoint(tmp_path: Path) -> None:
