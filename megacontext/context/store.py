@@ -136,7 +136,7 @@ class MemoryStore:
         return self._levels[level - 1][start:stop]
 
     def gather(self, level: int, index: I64) -> Tensor:
-        return self._levels[level - 1][torch.from_numpy(index)]
+        return self._levels[level - 1].index_select(0, torch.from_numpy(index))
 
     def sync(self) -> None:
         """Nothing to do: memory does not survive anything."""

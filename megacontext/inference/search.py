@@ -18,7 +18,7 @@ from megacontext.model.memory import Memory
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
-OPENED_AT_ONCE = 16  # reading nodes one by one would cost more than the few that need not have been read
+OPENED_AT_ONCE = 32  # reading nodes one by one would cost more than the few that need not have been read
 
 
 @dataclass(frozen=True)
@@ -42,45 +42,50 @@ def search(tree: Tree, memory: Memory, query: torch.Tensor, top_k: int, max_visi
     the matches found; `exact` says whether that point was reached.
     """
     r, blocks = tree.block_size, before // tree.block_size
-    roots = [np.arange(tree.count(level + 1) * r, tree.count(level)) for level in range(1, tree.levels + 1)]
-    opened = [
-        _matched(tree, memory, query, level, index[index * r ** (level - 1) < blocks])
-        for level, index in enumerate(roots, 1)
-    ]
-    nodes = np.concatenate(opened) if opened else np.empty((0, 3))  # match, level, index
-    visits, exact = 0, False
+    leaves, inner = _Nodes(), _Nodes()
+    for level in range(1, tree.levels + 1):
+        index = np.arange(tree.count(level + 1) * r, tree.count(level))
+        index = index[index * r ** (level - 1) < blocks]
+        (leaves if level == 1 else inner).add(_matched(tree, memory, query, level, index), level, index)
+    visits = 0
     while True:
-        leaf = nodes[:, 1] == 1
-        matches = nodes[leaf, 0]
-        least = np.partition(matches, -top_k)[-top_k] if len(matches) >= top_k else -np.inf
-        worth = np.flatnonzero(~leaf & (nodes[:, 0] > least))
-        exact = not len(worth)
-        if exact or visits >= max_visits:
+        match = leaves.match
+        least = np.partition(match, -top_k)[-top_k] if len(match) >= top_k else -np.inf
+        worth = np.flatnonzero(inner.match > least)
+        if not len(worth) or visits >= max_visits:
             break
-        chosen = worth[np.argsort(-nodes[worth, 0], kind="stable")[: min(OPENED_AT_ONCE, max_visits - visits)]]
+        chosen = worth[np.argsort(-inner.match[worth], kind="stable")[: min(OPENED_AT_ONCE, max_visits - visits)]]
         visits += len(chosen)
-        parts = [np.delete(nodes, chosen, axis=0)]
-        for level in np.unique(nodes[chosen, 1]).astype(int).tolist():
-            parents = nodes[chosen[nodes[chosen, 1] == level], 2].astype(np.int64)
-            children = np.sort((parents[:, None] * r + np.arange(r)).reshape(-1))
-            children = children[children * r ** (level - 2) < blocks]
-            parts.append(_matched(tree, memory, query, level - 1, children))
-        nodes = np.concatenate(parts)
-    found = nodes[nodes[:, 1] == 1]
-    found = found[np.lexsort((-found[:, 2], -found[:, 0]))]  # of equals the newest
-    return Found(found[:top_k, 2].astype(np.int64), found[:top_k, 0], found[top_k:, 0], visits, exact)
+        levels, parents = inner.level[chosen], inner.index[chosen]
+        inner.match[chosen] = -np.inf  # opened: never worth it again
+        for level in np.unique(levels).tolist():
+            index = (np.sort(parents[levels == level])[:, None] * r + np.arange(r)).reshape(-1)
+            index = index[index * r ** (level - 2) < blocks]
+            matches = _matched(tree, memory, query, level - 1, index)
+            (leaves if level == 2 else inner).add(matches, level - 1, index)
+    order = np.lexsort((-leaves.index, -leaves.match))  # of equals the newest
+    block, match = leaves.index[order], leaves.match[order]
+    return Found(block[:top_k], match[:top_k], match[top_k:], visits, not len(worth))
 
 
-def _matched(
-    tree: Tree, memory: Memory, query: torch.Tensor, level: int, index: npt.NDArray[np.integer]
-) -> npt.NDArray[np.float64]:
-    """Nodes of a level as rows (match, level, index)."""
-    rows = np.empty((len(index), 3))
-    rows[:, 1], rows[:, 2] = level, index
-    if len(index):
-        keys = memory.keys(tree.records(level, index).to(query.device, torch.float32))
-        rows[:, 0] = memory.match(query, keys).cpu().numpy()
-    return rows
+class _Nodes:
+    """Nodes and their matches: three columns of one length."""
+
+    def __init__(self) -> None:
+        self.match, self.level, self.index = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def add(self, match: F64, level: int, index: I64) -> None:
+        self.match = np.concatenate([self.match, match])
+        self.level = np.concatenate([self.level, np.full(len(index), level)])
+        self.index = np.concatenate([self.index, index])
+
+
+def _matched(tree: Tree, memory: Memory, query: torch.Tensor, level: int, index: I64) -> F64:
+    """Matches [n] of nodes of a level."""
+    if not len(index):
+        return np.empty(0)
+    keys = memory.keys(tree.records(level, index).to(query.device, torch.float32))
+    return memory.match(query, keys).cpu().double().numpy()
 
 
 def scan(tree: Tree, memory: Memory, query: torch.Tensor, top_k: int, before: int, batch: int = 1 << 14) -> Found:
