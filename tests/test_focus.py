@@ -12,6 +12,7 @@ from megacontext.context.gist_function import MeanGist
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
 from megacontext.inference.focus import LensScorer, entry_inputs
+from megacontext.inference.search import Found
 from megacontext.model.gpt import GPT
 from megacontext.model.norm import rms_norm
 
@@ -111,6 +112,17 @@ def test_of_blocks_that_match_alike_the_newest_is_the_likeliest() -> None:
     likely = dict(zip(scorer.found.block.tolist(), scorer.probability.tolist(), strict=True))
     assert likely[300] == pytest.approx(10 * likely[111]) == pytest.approx(100 * likely[40])
     assert sum(likely.values()) <= 1 + 1e-9
+
+
+def test_a_slightly_better_match_does_not_outweigh_a_newer_one() -> None:
+    model = make()
+    block, match, others = np.array([111, 40, 300, 500]), np.array([8.0, 7.9, 7.8, 5.0]), np.array([1.0])
+    scorer = LensScorer(
+        model, tree_of(model, needle(5000, 40)), TAIL, find=lambda _: Found(block, match, others, 1, True)
+    )
+    likely = dict(zip(block.tolist(), scorer.probability.tolist(), strict=True))
+    assert likely[300] == pytest.approx(10 * likely[111]) == pytest.approx(100 * likely[40])
+    assert likely[500] < likely[40]
 
 
 def test_parts_can_be_left_out() -> None:

@@ -19,9 +19,7 @@ from megacontext.model.router import QUERY_TOKENS
 F64 = npt.NDArray[np.float64]
 TOP_K = 8  # blocks that may answer a query
 MAX_VISITS = 256  # nodes opened by a search: bounds a refocus at any length of history
-ALIKE = (
-    0.97  # blocks that match this well compared with the best state the same thing, the newest of them its last word
-)
+ALIKE = 0.97  # share of the best match from which on blocks count as saying the same, the newest as its last word
 NEWER = math.log(10.0)  # by how much the logit of such a block is above that of the one before it
 SCARCITY = 0.5  # how much worse off is what was not asked for, when something is asked for with certainty
 
@@ -110,14 +108,15 @@ class LensScorer:
         return np.minimum(route, 1.0)
 
     def _probability(self, found: Found) -> F64:
-        """Softmax of the matches over all blocks that were read; of those that match alike the newest is the likeliest."""
+        """Softmax of the matches over all blocks that were read. Among those that match alike only age counts: the
+        newest is the likeliest."""
         assert self.memory.router is not None
         matches = torch.from_numpy(np.concatenate([found.match, found.others]))
         logits = self.memory.router.logits(matches.to(self.model.device))
         alike = np.flatnonzero(found.match >= ALIKE * found.match.max(initial=0.0))
         order = np.empty(len(alike))
         order[np.argsort(found.block[alike])] = np.arange(len(alike))
-        logits[torch.from_numpy(alike)] += NEWER * torch.from_numpy(order).to(logits)
+        logits[torch.from_numpy(alike)] = logits.max() + NEWER * torch.from_numpy(order).to(logits)
         probability: F64 = logits.double().softmax(0)[: len(found.match)].cpu().numpy()
         return probability
 
