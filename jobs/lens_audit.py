@@ -20,15 +20,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import megacontext as mc
-from jobs import cli, environment
+from jobs import evaluation
 from megacontext import storage
 from megacontext.eval.bootstrap import Interval
 from megacontext.eval.lens_audit import Audit, audit
 from megacontext.eval.windows import read_long_documents, sample_windows
 from megacontext.inference.session_options import resolve_options
 from megacontext.telemetry import provenance, report
-from megacontext.train.worker import choose_device
 
 STAGE = "lens_audit"
 FIGURES = ("corr_ahead", "corr_tail", "corr_other_query", "picked", "change", "corr_queries")
@@ -44,26 +42,10 @@ _HEAD = (
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = evaluation.parser(__doc__)
+    evaluation.add_documents(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint or run folder of a model trained with --mc; or a URI")
-    add("--docs", required=True, help=".txt, .md or .parquet file with long documents, or a folder of them; or a URI")
-    add(
-        "--budget",
-        type=int,
-        default=0,
-        help="entries of a context with one expansion, W [default: its sequence length]",
-    )
     add("--history", type=int, default=0, help="tokens of a history, N [default: 4 budgets]")
-    add("--horizon", type=int, default=32, help="tokens ahead whose loss is measured, H [default 32]")
-    add("--tail", type=int, default=0, help="newest raw tokens, the query [default: as a session's]")
-    add("--windows", type=int, default=32, help="histories over the documents [default 32]")
-    add("--seed", type=int, default=0, help="seed of windows and intervals [default 0]")
-    add("--json", default="", help="file or URI for the results [default: none]")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]")
     return parser.parse_args(argv)
 
 
@@ -73,9 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises UserError for a model without a memory and for sizes that do not fit, DataError for what cannot be read.
     """
     began = time.time()
-    device = choose_device(args.device)
-    model, tokenizer = mc.load(args.checkpoint, dtype=args.dtype, device=str(device))
-    model.prepare_inference()
+    model, tokenizer, device = evaluation.load(args)
     budget = args.budget or model.config.sequence_len
     tail = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None}).recent_tokens
     history = args.history or 4 * budget
@@ -135,9 +115,7 @@ def _cell(interval: Interval) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cli.finish(environment.load)
-    args = parse(argv)
-    cli.finish(lambda: run(args))
+    evaluation.main(parse, run, argv)
 
 
 if __name__ == "__main__":

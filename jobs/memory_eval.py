@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import megacontext as mc
-from jobs import cli, environment
+from jobs import evaluation
 from megacontext import storage
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import UserError
@@ -35,20 +35,15 @@ from megacontext.inference.session_options import resolve_options
 from megacontext.model.gpt import GPT
 from megacontext.telemetry import otel, provenance, report
 from megacontext.telemetry.focus_log import FocusLog
-from megacontext.train.worker import choose_device
 
 STAGE = "memory_eval"
 _TIMELINE_REFOCUSES = 48
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = evaluation.parser(__doc__)
+    evaluation.add_documents(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint, run folder or nanochat base directory; or a URI")
-    add("--docs", required=True, help=".txt, .md or .parquet file with long documents, or a folder of them; or a URI")
-    add("--budget", type=int, default=0, help="most entries that the model is shown, W [default: its sequence length]")
     add(
         "--history",
         type=int,
@@ -56,9 +51,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="tokens of history, N; several make curves [default: 4 budgets]",
     )
-    add("--horizon", type=int, default=32, help="tokens that are predicted after the history, H [default 32]")
-    add("--windows", type=int, default=32, help="windows over the documents, K [default 32]")
-    add("--tail", type=int, default=0, help="newest tokens that stay raw [default: as a session's]")
     add("--methods", default="", help=f"comma-separated, of {','.join(METHODS)} [default: all that the model can use]")
     add("--full_tokens", type=int, default=0, help="most tokens that `full` attends to, horizon included [default: the "
         "model's sequence length if that is more than the budget, else 4 budgets]")  # fmt: skip
@@ -77,10 +69,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="windows in which gists stand in for raw blocks; 0 is none [default 8]",
     )
     add("--block_size", type=int, default=32, help="tokens of a block, for a model without a memory [default 32]")
-    add("--seed", type=int, default=0, help="seed of windows, random expansion and intervals [default 0]")
-    add("--json", default="", help="file or URI for the results, and pictures beside it [default: none]")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]")
     return parser.parse_args(argv)
 
 
@@ -90,9 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises UserError for sizes that do not fit each other, CheckpointError and DataError for what cannot be read.
     """
     began = time.time()
-    device = choose_device(args.device)
-    model, tokenizer = mc.load(args.checkpoint, dtype=args.dtype, device=str(device))
-    model.prepare_inference()
+    model, tokenizer, device = evaluation.load(args)
     settings = settings_of(args, model)
     settings.check(args.horizon)
     histories = sorted(set(args.history or [4 * settings.budget]))
@@ -228,9 +214,7 @@ class Progress:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cli.finish(environment.load)
-    args = parse(argv)
-    cli.finish(lambda: run(args))
+    evaluation.main(parse, run, argv)
 
 
 if __name__ == "__main__":

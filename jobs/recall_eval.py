@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import megacontext as mc
-from jobs import cli, environment
+from jobs import evaluation
 from megacontext import storage
 from megacontext.data import corpus, parquet
 from megacontext.data.recall import PAIRS, TASKS, recall_items
@@ -35,7 +34,6 @@ from megacontext.errors import DataError, UserError
 from megacontext.eval.methods import METHODS, choose_methods
 from megacontext.eval.recall import Answer, evaluate_recall, summarize
 from megacontext.telemetry import provenance, report
-from megacontext.train.worker import choose_device
 
 STAGE = "recall_eval"
 HISTORY_BUDGETS = 16  # default length of a history, in budgets
@@ -44,16 +42,8 @@ _COLORS = ("#94a3b8", "#64748b", "#a16207", "#d97706", "#9333ea", "#0891b2", "#0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint, run folder or nanochat base directory; or a URI"
-    )
+    parser = evaluation.parser(__doc__)
     parser.add_argument("--task", default="niah", choices=TASKS, help="what is planted and asked [default niah]")
-    parser.add_argument(
-        "--budget", type=int, default=0, help="most entries that the model is shown, W [default: its sequence length]"
-    )
     parser.add_argument(
         "--history", type=int, default=0, help=f"tokens of a history, N [default: {HISTORY_BUDGETS} budgets]"
     )
@@ -68,7 +58,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="questions about a history [default: the task's own, 8 of mqar, else 1]",
     )
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"facts of mqar [default {PAIRS}]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of items and of random expansion [default 0]")
     parser.add_argument(
         "--methods", default="", help=f"comma-separated, of {','.join(METHODS)} [default: all that the model can use]"
     )
@@ -80,13 +69,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--block_size", type=int, default=32, help="tokens of a block, for a model without a memory [default 32]"
     )
-    parser.add_argument(
-        "--json", default="", help="file or URI to write the results to, and a plot beside it [default: none]"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]"
-    )
     return parser.parse_args(argv)
 
 
@@ -95,9 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises UserError for sizes that do not fit each other, CheckpointError and DataError for what cannot be read.
     """
-    device = choose_device(args.device)
-    model, tokenizer = mc.load(args.checkpoint, dtype=args.dtype, device=str(device))
-    model.prepare_inference()
+    model, tokenizer, device = evaluation.load(args)
     budget = args.budget or model.config.sequence_len
     history = args.history or HISTORY_BUDGETS * budget
     names = [name.strip() for name in args.methods.split(",") if name.strip()]
@@ -272,9 +252,7 @@ def plot(result: Mapping[str, Any]) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cli.finish(environment.load)
-    args = parse(argv)
-    cli.finish(lambda: run(args))
+    evaluation.main(parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megacontext import precision
+from megacontext.bench.command import shape_parser
 from megacontext.config import GPTConfig
 from megacontext.inference.engine import Engine, naive_generate
 from megacontext.model.gpt import GPT
@@ -54,17 +55,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--width", type=int, default=256, help="model width; 0 is 64·depth")
-    parser.add_argument("--vocab", type=int, default=8192, help="tokens in the vocabulary")
+    parser = shape_parser(__doc__)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated per row")
     parser.add_argument("--batches", default="1,8,32", help="samples of the prompt at a time, comma-separated")
     parser.add_argument("--dtypes", default="fp32,bf16", help="compute dtypes, comma-separated")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is all cores")
     return parser
 
 

@@ -10,7 +10,6 @@ CPU, so that other programs do not count. Prints a table; the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megacontext import precision
+from megacontext.bench.command import add_training, device_name, shape_parser, show
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.context.gist_function import build_levels
 from megacontext.data.stream import Batch
@@ -39,26 +39,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags, measure, print; returns what was printed as JSON."""
     args = _parser().parse_args(argv)
     result = measure(args)
-    for key, value in result.items():
-        print(f"{key:>26}  {value:,.3f}" if isinstance(value, float) else f"{key:>26}  {value}")
-    print(json.dumps(result))
+    show(result)
     return result
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--width", type=int, default=256, help="model width; 0 is 64·depth")
-    parser.add_argument("--vocab", type=int, default=8192, help="tokens in the vocabulary")
-    parser.add_argument("--seq", type=int, default=1024, help="tokens per row")
+    parser = shape_parser(__doc__)
+    add_training(parser, seq=1024, steps=9, warmup=2)
     parser.add_argument("--rows", type=int, default=8, help="rows of an optimizer step, and of a vanilla micro-batch")
     parser.add_argument("--variants", type=int, default=4, help="variants per row, N")
     parser.add_argument("--progress", type=float, default=1.0, help="where in the curriculum, 0 to 1")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before timing starts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is all cores")
     return parser
 
 
@@ -92,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     vanilla_s, mc_s = (statistics.median(watches[name]) for name in ("vanilla", "mc"))
     per_token, per_entry = 1e6 * vanilla_s / (args.rows * args.seq), 1e6 * mc_s / entries
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
+        "device": device_name(device, threads),
         "depth": args.depth, "width": config.n_embd, "seq": args.seq, "rows": args.rows, "rows_per_micro_batch": micro,
         "variants": views.variants, "variant_entries": length, "entries_per_step": entries,
         "vanilla_step_ms": 1e3 * vanilla_s, "mc_step_ms": 1e3 * mc_s,

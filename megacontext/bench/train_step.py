@@ -9,7 +9,6 @@ programs on the machine take.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from megacontext import precision
+from megacontext.bench.command import add_training, device_name, shape_parser, show
 from megacontext.config import GPTConfig, TrainConfig
 from megacontext.model.flops import count_params, peak_flops, train_flops_per_token
 from megacontext.model.gpt import GPT
@@ -30,28 +30,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags, measure, print; returns what was printed as JSON."""
     args = _parser().parse_args(argv)
     result = measure(args)
-    for key, value in result.items():
-        print(f"{key:>22}  {value:,.1f}" if isinstance(value, float) else f"{key:>22}  {value}")
-    print(json.dumps(result))
+    show(result)
     return result
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--width", type=int, default=256, help="model width; 0 is 64·depth")
+    parser = shape_parser(__doc__)
+    add_training(parser, seq=512, steps=20, warmup=3)
     parser.add_argument("--head_dim", type=int, default=64, help="width of a head")
-    parser.add_argument("--vocab", type=int, default=8192, help="tokens in the vocabulary")
-    parser.add_argument("--seq", type=int, default=512, help="tokens per row")
     parser.add_argument("--micro_tokens", type=int, default=4096, help="tokens per forward and backward")
     parser.add_argument("--accum", type=int, default=1, help="micro-batches per optimizer step")
-    parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before timing starts")
     parser.add_argument("--tokens", default="", help=".npy of token ids to train on; random ids unless given")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype")
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is all cores")
     return parser
 
 
@@ -93,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     wall_s, cpu_s = (statistics.median(times[args.warmup :]) for times in (wall, cpu))
     flops = train_flops_per_token(config, args.seq)
     result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
+        "device": device_name(device, threads),
         "dtype": str(model.compute_dtype).removeprefix("torch."), "compiled": compiled,
         "parameters": count_params(config), "tokens_per_step": tokens, "first_step_s": wall[0],
         "step_ms": 1e3 * wall_s, "cpu_step_ms": 1e3 * cpu_s,
