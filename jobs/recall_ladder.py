@@ -1,6 +1,6 @@
 """The ladder of recall: train one small model with a memory, then ask it ever harder things, each rung beside its bar.
 
-    python jobs/recall_ladder.py --seed 0 --minutes 12 --json out/ladder_0.json
+    python jobs/recall_ladder.py --seed 0 --json out/ladder_0.json
 
 Raw recall inside the budget, an oracle that expands far outside it, the learned search in the oracle's place, facts
 in every other block, updates, and a million tokens of history. A table for people, JSON with everything beside it; a
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and questions [default 0]")
     parser.add_argument("--run", default="", help="name of the run [default ladder-<seed>]")
     parser.add_argument("--base_dir", default="", help="folder for data and runs [default: NANOCHAT_BASE_DIR]")
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time on this machine [default 12]")
+    parser.add_argument("--minutes", type=float, default=15.0, help="training time on this machine [default 15]")
     parser.add_argument(
         "--num_iterations", type=int, default=-1, help="training steps instead of --minutes [default -1]"
     )

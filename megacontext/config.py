@@ -262,7 +262,7 @@ class EvalConfig:
 
 
 TIERS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": dict(depth=4, width=256, max_seq_len=512, vocab_size=8192, device_batch_size=8, total_batch_size=4096,
+    "cpu": dict(depth=4, width=128, max_seq_len=512, vocab_size=8192, device_batch_size=8, total_batch_size=4096,
                 max_minutes=7.0, warmdown_ratio=0.5, eval_every=200, eval_tokens=65_536, sample_every=-1, save_every=100, log_every=10,
                 core_max_per_task=20, mc_recall_share=0.25),
     "5090": dict(depth=12, device_batch_size=16, data_shards=110, mc_recall_share=0.25),
