@@ -191,8 +191,9 @@ class MemoryConfig:
     routing_width: int = flag(64, "numbers in a routing key")
     positional_type: str = flag(
         "slot",
-        "rotary position of an entry: its number in the context, its mean true position, or the expectation over its span",
-        ("slot", "simple", "gaussian"),
+        "rotary position of an entry: its number in the context, its mean true position, or the expectation over its span; "
+        "with alibi also less attention the more text is hidden behind it",
+        ("slot", "simple", "gaussian", "gaussian_alibi"),
     )
     allocator_type: str = flag("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
     allocator_recent_tokens: int = flag(128, "newest tokens that stay raw")

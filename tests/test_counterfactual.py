@@ -34,7 +34,7 @@ def losses_one_by_one(model: GPT, tree: Tree, context: WorkingContext, following
     return np.array([-log[whole.at_token(t - 1), ids[t]].item() for t in range(tree.tokens - TAIL + 1, len(ids))])
 
 
-@pytest.mark.parametrize("positional_type", ["slot", "gaussian"])
+@pytest.mark.parametrize("positional_type", ["slot", "gaussian", "gaussian_alibi"])
 def test_losses_of_a_batch_equal_single_passes(positional_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counterfactual, "_BATCH_ENTRIES", 130)  # several batches, contexts of several lengths
     model = make_model(positional_type)

@@ -11,11 +11,12 @@ import torch
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.context.gist_function import build_levels
 from megacontext.context.tree import Tree, all_records
+from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
 from megacontext.model.gpt import GPT
 from megacontext.model.memory import Memory
 from megacontext.model.norm import rms_norm
-from megacontext.model.rotary_entries import entry_rotary
+from megacontext.model.rotary_entries import entry_rotary, hidden_tokens
 
 SHAPE = GPTConfig(sequence_len=64, vocab_size=100, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 SMALL = MemoryConfig(mc=1, block_size=4, max_lod=2, routing_slots=2, routing_width=8)
@@ -170,7 +171,7 @@ def test_a_query_finds_the_block_with_its_words_even_untrained() -> None:
     assert int(logits.argmax()) == 11
 
 
-@pytest.mark.parametrize("kind", ["slot", "simple", "gaussian"])
+@pytest.mark.parametrize("kind", ["slot", "simple", "gaussian", "gaussian_alibi"])
 def test_an_all_raw_context_is_the_vanilla_model(kind: str) -> None:
     model, _ = trained(replace(SMALL, positional_type=kind), token_shift=True)
     ids = ids_of(2, 64)
@@ -178,12 +179,33 @@ def test_an_all_raw_context_is_the_vanilla_model(kind: str) -> None:
     slots = torch.arange(64).expand(2, 64)
     x = model.embed_entries(ids, previous, torch.randn(2, 64, 32), torch.zeros(2, 64, dtype=torch.long))
     rotary = model.entry_rotary(slots.double(), torch.zeros(2, 64).double(), slots)
-    assert torch.equal(model.head(model.trunk(x, rotary)), model(ids))
+    found, vanilla = model.head(model.trunk(x, rotary)), model(ids)
+    if kind == "gaussian_alibi":  # its products have a channel more, of zeros
+        torch.testing.assert_close(found, vanilla, atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(found, vanilla)
+
+
+def test_alibi_counts_what_gists_hide_and_attends_less_to_what_lies_behind_it() -> None:
+    context = WorkingContext.from_entries([(2, 0), (1, 4), (1, 5), *((0, n) for n in range(24, 30))], 4)
+    slots = torch.arange(len(context))[None]
+    where = torch.from_numpy(context.positions)[None]
+    hidden = hidden_tokens(where, slots)[0]
+    span = torch.from_numpy(context.spans)
+    for entry in range(len(context)):
+        behind = float((span[entry + 1 :] - 1).sum())
+        assert float(hidden[entry]) == behind + (float(span[entry]) - 1) / 2  # of itself the newer half
+    bias = entry_rotary("gaussian_alibi", where, torch.from_numpy(context.sigmas)[None], slots, 8, 64).bias
+    assert bias is not None
+    assert (bias[0].diff() >= 0).all()
+    assert (bias[0, 3:] == 0).all()
+    padded = torch.cat([where, where[:, :1]], 1)  # padding as evaluations pad
+    assert torch.equal(hidden_tokens(padded, torch.arange(len(context) + 1)[None])[0, :-1], hidden)
 
 
 def test_gaussian_fades_fast_bands_of_wide_entries() -> None:
     where, slots = torch.tensor([[100.0, 100.0]]).double(), torch.tensor([[0, 1]])
-    cos, sin = entry_rotary("gaussian", where, torch.tensor([[0.0, 32 / 12**0.5]]).double(), slots, 64, 1024)
+    cos, sin, _ = entry_rotary("gaussian", where, torch.tensor([[0.0, 32 / 12**0.5]]).double(), slots, 64, 1024)
     size = (cos.float() ** 2 + sin.float() ** 2).sqrt()[0, :, 0]
     torch.testing.assert_close(size[0], torch.ones(32), atol=1e-2, rtol=0)
     assert size[1, 0] < 1e-6
@@ -207,7 +229,7 @@ def test_far_positions_stay_near_those_of_training() -> None:
 
 def test_rotary_of_a_long_history_is_exact() -> None:
     at = torch.tensor([[70_000_001]]).double()
-    cos, _ = entry_rotary("simple", at, at * 0, at.long(), 64, 1 << 40)
+    cos, *_ = entry_rotary("simple", at, at * 0, at.long(), 64, 1 << 40)
     rates = (1.0 / (10_000.0 ** (torch.arange(0, 64, 2).float() / 64))).double()  # those of the vanilla table
     torch.testing.assert_close(cos[0, 0, 0].double(), (at[0, 0] * rates).cos(), atol=1e-2, rtol=0)
 

@@ -93,7 +93,7 @@ def test_token_loss_is_the_vanilla_loss_bit_for_bit(masked: bool) -> None:
         assert torch.equal(found[name], grad), name
 
 
-@pytest.mark.parametrize("kind", ["slot", "simple", "gaussian"])
+@pytest.mark.parametrize("kind", ["slot", "simple", "gaussian", "gaussian_alibi"])
 @pytest.mark.parametrize("token_shift", [False, True])
 def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -> None:
     memory = replace(MEMORY, positional_type=kind, mc_gist_penalty_weight=0.3)
@@ -228,7 +228,7 @@ def test_the_lens_learns_what_raw_text_attends_to() -> None:
         {"mc_gist_penalty_weight": 1.0}, {"mc_gist_loss_weight": 0.5}, {"mc_route_loss_weight": 0.5},
         {"mc_num_random_variants": 2}, {"mc_recall_answer_weight": 1.0}, {"mc_train_wc_length": 32}, {"allocator_recent_tokens": 4}, {"max_lod": 1},
         {"gistnet_type": "mean"}, {"gistnet_layers": 4}, {"gistnet_pooling": "query"}, {"gistnet_head": "linear"},
-        {"lensnet_layers": 4}, {"lensnet_head": "linear"}, {"positional_type": "gaussian"}, {"routing_slots": 4},
+        {"lensnet_layers": 4}, {"lensnet_head": "linear"}, {"positional_type": "gaussian"}, {"positional_type": "gaussian_alibi"}, {"routing_slots": 4},
         {"routing_width": 16}, {"mc_aux_dtype": "bf16"}, {"block_size": 16},
     ],
 )  # fmt: skip

@@ -161,7 +161,7 @@ def reference(
 
 
 @pytest.mark.parametrize("batch_entries", [1, 1 << 14])
-@pytest.mark.parametrize("positional_type", ["slot", "simple", "gaussian"])
+@pytest.mark.parametrize("positional_type", ["slot", "simple", "gaussian", "gaussian_alibi"])
 def test_scores_equal_one_at_a_time(positional_type: str, batch_entries: int) -> None:
     model = make(replace(MEMORY, positional_type=positional_type))
     rng = np.random.default_rng(1)

@@ -136,6 +136,7 @@ REFERENCE: list[Call] = [
         dict(memory=False),
         dict(memory=True),
         dict(memory=True, token_shift=True, positional_type="gaussian", seed=2),
+        dict(memory=True, positional_type="gaussian_alibi", seed=4),
         dict(memory=True, positional_type="simple", gistnet_type="mean", routing_slots=0, seed=3),
     ],
 )

@@ -68,10 +68,7 @@ def _score(model: GPT, layouts: Sequence[Layout], ids: torch.Tensor) -> tuple[to
     place = torch.arange(longest, device=ids.device)
     at = [place.clamp(max=x.shape[0] - 1) for x, _ in rows]  # padding repeats the last entry
     x = torch.stack([x[where] for (x, _), where in zip(rows, at, strict=True)])
-    cos, sin = (
-        torch.stack([rotary[part][where] for (_, rotary), where in zip(rows, at, strict=True)]) for part in (0, 1)
-    )
-    hidden = model.trunk(x, (cos, sin))
+    hidden = model.trunk(x, _padded([rotary for _, rotary in rows], at))
     first = torch.tensor([len(layout) - 1 for layout in layouts], device=ids.device)
     predicts = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
     flat = hidden[torch.arange(len(rows), device=ids.device)[:, None], predicts].flatten(0, 1)
@@ -85,10 +82,18 @@ def _score(model: GPT, layouts: Sequence[Layout], ids: torch.Tensor) -> tuple[to
     return torch.cat(losses).double().view(ids.shape), torch.cat(hits).view(ids.shape)
 
 
+def _padded(rotaries: Sequence[Rotary], at: Sequence[torch.Tensor]) -> Rotary:
+    """One rotary of rows [1, L_b, …] whose entries `at` are taken of each."""
+    chosen = [
+        [part[0][where] for part in rotary if part is not None] for rotary, where in zip(rotaries, at, strict=True)
+    ]
+    return Rotary(*(torch.stack(parts) for parts in zip(*chosen, strict=True)))
+
+
 def _inputs(model: GPT, layout: Layout, ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
     """Inputs [L + H - 1, D] of a layout and of all but the last of the ids [H] that follow it, and their rotary."""
     context, device = layout.context, model.device
-    x, (cos, sin) = entry_inputs(model, layout.tree, context)
+    x, rotary = entry_inputs(model, layout.tree, context)
     if len(ids) > 1:
         tokens, count = context.tokens, len(ids) - 1
         newest = layout.tree.ids(tokens - 1, tokens).to(device)
@@ -98,5 +103,5 @@ def _inputs(model: GPT, layout: Layout, ids: torch.Tensor) -> tuple[torch.Tensor
         end = torch.tensor([tokens], device=device)
         more = model.entry_rotary(places, torch.zeros_like(places), slots, end)
         x = torch.cat([x, model.embed(ids[None, :count], previous[None])], 1)
-        cos, sin = torch.cat([cos, more[0]], 1), torch.cat([sin, more[1]], 1)
-    return x[0], (cos[0], sin[0])
+        rotary = rotary.then(more)
+    return x[0], rotary

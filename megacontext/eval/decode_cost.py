@@ -100,14 +100,14 @@ def _decode_seconds(model: GPT, shown: Layout, kept: int, following: I64) -> flo
     """Seconds to compute the entries from number `kept` on, and then one token after the other."""
     context, horizon = shown.context, len(following)
     entries, device = len(context), model.device
-    cache = model.make_cache(1, entries + horizon)
-    x, (cos, sin) = entry_inputs(model, shown.tree, context)
+    cache = model.make_cache(1, entries + horizon, entries=True)
+    x, rotary = entry_inputs(model, shown.tree, context)
     if kept:
-        model.trunk(x[:, :kept], (cos[:, :kept], sin[:, :kept]), cache)
+        model.trunk(x[:, :kept], rotary.span(0, kept), cache)
     _wait(device)
     began = time.perf_counter()
     if kept < entries:
-        model.trunk(x[:, kept:], (cos[:, kept:], sin[:, kept:]), cache)
+        model.trunk(x[:, kept:], rotary.span(kept, entries), cache)
     end = torch.tensor([context.tokens], device=device)
     newest = shown.tree.ids(context.tokens - 1, context.tokens)
     ids = torch.cat([newest, torch.from_numpy(following)])[None].to(device)
@@ -115,8 +115,8 @@ def _decode_seconds(model: GPT, shown: Layout, kept: int, following: I64) -> flo
         at = ids[:, step + 1 : step + 2]
         place = torch.full((1, 1), float(context.tokens + step), dtype=torch.float64, device=device)
         slot = torch.full((1, 1), entries + step, device=device)
-        rotary = model.entry_rotary(place, torch.zeros_like(place), slot, end)
-        model.head(model.trunk(model.embed(at, ids[:, step : step + 1]), rotary, cache)[:, -1]).argmax(-1)
+        here = model.entry_rotary(place, torch.zeros_like(place), slot, end)
+        model.head(model.trunk(model.embed(at, ids[:, step : step + 1]), here, cache)[:, -1]).argmax(-1)
     _wait(device)
     return time.perf_counter() - began
 

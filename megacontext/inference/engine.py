@@ -16,12 +16,12 @@ import torch
 from megacontext.errors import UserError
 from megacontext.inference.sampling import check_sampling, row_generators, sample
 from megacontext.inference.tools import calculate
+from megacontext.model.rotary import Rotary
 
 if TYPE_CHECKING:
     from megacontext.data.tokenizer import Tokenizer
     from megacontext.model.gpt import GPT
     from megacontext.model.kv_cache import KVCache
-    from megacontext.model.rotary import Rotary
 
 FINISHED = -1
 """Stands in a column of ids for a row that has stopped before."""
@@ -284,16 +284,16 @@ class Engine:
             mask = ~gap[:, None, None, :]  # [B, 1, 1, slots]
             positions = live.lengths[:, None] + (kv.length - live.padded)  # [B, 1]
             rotary = rotary_at(model, positions, kv.length + tokens)
-        cos, sin = (part.to(model.compute_dtype) for part in rotary)  # once, not in every layer
-        hidden = model.trunk(model.embed(ids), (cos, sin), cache=kv, mask=mask)  # [B, T, D]
+        rotary = rotary.to(model.compute_dtype)  # once, not in every layer
+        hidden = model.trunk(model.embed(ids), rotary, cache=kv, mask=mask)  # [B, T, D]
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden)), last.to(ids.device)]
         return model.head(at)
 
 
 def rotary_at(model: GPT, positions: torch.Tensor, limit: int) -> Rotary:
     """cos and sin [B, L, 1, K/2] for positions [B, L] int64, all below `limit` (known here, so no GPU is waited for)."""
-    cos, sin = model.rotary_table.slice(0, limit, positions.device)
-    return cos[0][positions], sin[0][positions]
+    table = model.rotary_table.slice(0, limit, positions.device)
+    return Rotary(table.cos[0][positions], table.sin[0][positions])
 
 
 @torch.inference_mode()

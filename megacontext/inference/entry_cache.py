@@ -29,9 +29,9 @@ class EntryCache:
 
     def __init__(self, model: GPT, tree: Tree, budget: int) -> None:
         self._model, self._tree = model, tree
-        self._kv = model.make_cache(1, min(budget, _FIRST_CAPACITY), budget)
+        self._kv = model.make_cache(1, min(budget, _FIRST_CAPACITY), budget, entries=True)
         self._held = WorkingContext.all_raw(0, tree.block_size)
-        self._anchor = 0
+        self._anchor = (0, 0)
         self._seen = 0  # tokens that were computed as themselves, or never will be
         self.computed = self.recomputed = 0
 
@@ -42,7 +42,7 @@ class EntryCache:
         `end` is the token count from which far positions are measured; a new one costs a full recompute where positions
         depend on it (histories beyond the training length, positional types other than slot).
         """
-        anchor = self._anchor_of(end)
+        anchor = self._anchor_of(context, end)
         kept = kept_prefix(self._held, context) if anchor == self._anchor else 0
         kept = min(kept, len(context) - 1)  # the last entry's hidden state is not cached
         self._kv.truncate(kept)
@@ -50,8 +50,8 @@ class EntryCache:
             context.lod[:kept], context.index[:kept], context.block_size
         )  # if we are interrupted
         x, _ = entry_inputs(self._model, self._tree, context, kept)
-        cos, sin = (part.to(self._model.compute_dtype) for part in self._rotary(context, kept, end))
-        hidden = self._model.trunk(x, (cos, sin), cache=self._kv)
+        rotary = self._rotary(context, kept, end).to(self._model.compute_dtype)
+        hidden = self._model.trunk(x, rotary, cache=self._kv)
         logits = self._model.head(hidden[0, -1])
         new = (context.lod[kept:] == 0) & (context.index[kept:] >= self._seen)
         self.computed += len(new)
@@ -68,8 +68,9 @@ class EntryCache:
         slots = torch.arange(start, len(context), device=device)[None]
         return self._model.entry_rotary(positions, sigmas, slots, torch.tensor([end], device=device))
 
-    def _anchor_of(self, end: int) -> int:
-        """`end` where positions depend on it, else 0."""
+    def _anchor_of(self, context: WorkingContext, end: int) -> tuple[int, int]:
+        """What the positions of all entries depend on, 0 where they do not: the `end`, and how many tokens gists hide."""
         memory = self._model.memory
-        by_slot = memory is None or memory.config.positional_type == "slot"
-        return 0 if by_slot or end <= self._model.config.sequence_len else end
+        kind = "slot" if memory is None else memory.config.positional_type
+        far = kind != "slot" and end > self._model.config.sequence_len
+        return (end if far else 0, context.tokens - len(context) if kind == "gaussian_alibi" else 0)

@@ -21,17 +21,35 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
     """Attention of q [B, H, Tq, K] over k, v [B, Hkv, Tk, K]: causal, the last query at the last key, unless `mask`
-    (bool, True = may attend, broadcast to [B, H, Tq, Tk]) says otherwise. Returns [B, H, Tq, K].
+    (bool, True = may attend, broadcast to [B, H, Tq, Tk]) says otherwise. Returns [B, H, Tq, K]. `scale` of the
+    products is 1/√K unless given.
     """
     queries, keys = q.shape[2], k.shape[2]
     causal = mask is None and queries == keys and queries > 1
     if mask is None and 1 < queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def biased(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values with one channel more, whose product adds slope·bias to the logits of keys [B, Tk].
+
+    Slopes halve from head to head, as ALiBi's: 2^(-8h/H) of head h = 1 … H. So neither a mask nor another kernel is
+    needed, and a KV cache holds the bias with the keys. The scale of the products must stay 1/√K of the narrow keys.
+    """
+    heads, width = q.shape[1], q.shape[3]
+    slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=q.device) / heads)
+    asks = (slopes * width**0.5).to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+    says = bias.to(k.dtype)[:, None, :, None].expand(*k.shape[:3], 1)
+    return torch.cat([q, asks], 3), torch.cat([k, says], 3), nn.functional.pad(v, (0, 1))
 
 
 class CausalSelfAttention(nn.Module):
@@ -70,8 +88,12 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         batch, tokens, _ = x.shape
         q, k, v = self.project(x, rotary)
+        scale = None
+        if rotary.bias is not None:
+            q, k, v = biased(q, k, v, rotary.bias)
+            scale = self.head_dim**-0.5
         if cache is not None:
             k, v = cache.insert(self.layer, k, v)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, scale)[..., : self.head_dim]
         projected: torch.Tensor = self.c_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
         return projected

@@ -111,12 +111,12 @@ class GPT(nn.Module):
     def blocks(self) -> list[Block]:
         return cast(list[Block], list(cast(nn.ModuleList, self.transformer["h"])))
 
-    def make_cache(self, batch: int, capacity: int, max_capacity: int | None = None) -> KVCache:
-        """An empty KV cache of this model's shape, dtype and device."""
-        c = self.config
-        return KVCache(
-            batch, c.n_layer, c.n_kv_head, c.head_dim, capacity, self.compute_dtype, self.device, max_capacity
-        )
+    def make_cache(self, batch: int, capacity: int, max_capacity: int | None = None, entries: bool = False) -> KVCache:
+        """An empty KV cache of this model's shape, dtype and device: for tokens, or for a working context's `entries`."""
+        c, memory = self.config, self.memory
+        biased = entries and memory is not None and memory.config.positional_type == "gaussian_alibi"
+        width = c.head_dim + biased  # the channel of the bias
+        return KVCache(batch, c.n_layer, c.n_kv_head, width, capacity, self.compute_dtype, self.device, max_capacity)
 
     def embed(self, ids: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
         """Normed token embeddings: ids [B, T] int64 to [B, T, D] in compute_dtype.

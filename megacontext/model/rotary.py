@@ -5,15 +5,40 @@ y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos. Tables are bfloat16, as in na
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megacontext.model.norm import inverse_rms, norm_backward, wide
 
 BASE = 10_000.0
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""(cos, sin), each [1, T, 1, K/2]."""
+
+
+class Rotary(NamedTuple):
+    """Positions of entries as attention uses them: cos and sin, each [B, L, 1, K/2] (B or 1 rows), and `bias` [B, L],
+    what is added to the logits of an entry as a key, times the slope of each head; None where nothing is.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def to(self, target: torch.device | torch.dtype) -> Rotary:
+        """On another device, or with cos and sin in another dtype."""
+        if isinstance(target, torch.dtype):
+            return Rotary(self.cos.to(target), self.sin.to(target), self.bias)
+        moved = [None if part is None else part.to(target, non_blocking=True) for part in self]
+        return Rotary(*moved)  # type: ignore[arg-type]
+
+    def span(self, start: int, stop: int) -> Rotary:
+        """Of the entries [start, stop)."""
+        bias = None if self.bias is None else self.bias[:, start:stop]
+        return Rotary(self.cos[:, start:stop], self.sin[:, start:stop], bias)
+
+    def then(self, later: Rotary) -> Rotary:
+        """Of these entries and `later` ones."""
+        bias = None if self.bias is None or later.bias is None else torch.cat([self.bias, later.bias], 1)
+        return Rotary(torch.cat([self.cos, later.cos], 1), torch.cat([self.sin, later.sin], 1), bias)
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, base: float = BASE) -> torch.Tensor:
@@ -27,7 +52,7 @@ class RotaryTable:
 
     def __init__(self, head_dim: int, base: float = BASE) -> None:
         self.head_dim, self.base = head_dim, base
-        self._tables: dict[torch.device, Rotary] = {}
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def slice(self, start: int, tokens: int, device: torch.device) -> Rotary:
         """cos and sin of positions [start, start + tokens), each [1, tokens, 1, K/2] bfloat16."""
@@ -42,7 +67,7 @@ class RotaryTable:
                 table = (angles.cos().bfloat16()[None, :, None, :], angles.sin().bfloat16()[None, :, None, :])
             self._tables[device] = table
         cos, sin = table
-        return cos[:, start : start + tokens], sin[:, start : start + tokens]
+        return Rotary(cos[:, start : start + tokens], sin[:, start : start + tokens])
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -75,4 +100,4 @@ class _RotateNorm(torch.autograd.Function):
 
 def rotate_and_norm(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Rotate queries or keys x [B, T, H, K], then RMS-norm each head ("QK norm"); one autograd node, one saved copy."""
-    return _RotateNorm.apply(x, *rotary)  # type: ignore[no-any-return, no-untyped-call]
+    return _RotateNorm.apply(x, rotary.cos, rotary.sin)  # type: ignore[no-any-return, no-untyped-call]

@@ -228,8 +228,7 @@ def _rotary(model: GPT, plan: ViewPlan, device: torch.device) -> Rotary:
     else:
         end = torch.from_numpy(plan.tokens)
         tables = model.entry_rotary(torch.from_numpy(plan.positions), torch.from_numpy(plan.sigmas), slots, end)
-    cos, sin = tables
-    return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
+    return tables.to(device)
 
 
 def _moved(arrays: Mapping[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
