@@ -21,9 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests come first, so that of several processes none is left with one at the end."""
-    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in long)
+    """Of two processes that share the tests (`make test`) one takes all that start Ray, the other file by file the rest:
+    clusters beside each other would take turns on the cores and run into timeouts."""
+    ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in ray else item.path.name))
+    items.sort(key=lambda item: item.path not in ray)
 
 
 @pytest.fixture(scope="session")
