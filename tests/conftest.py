@@ -20,6 +20,7 @@ os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes that share the tests (`make test`) one takes all that start Ray, the other file by file the rest:
     clusters beside each other would take turns on the cores and run into timeouts."""
