@@ -20,7 +20,7 @@ speedrun: $(STAMP) ## train a small model from text to report card: on this mach
 	@$(BIN)/python -m jobs.submit -- python jobs/speedrun.py $(ARGS)
 
 test: lint types $(STAMP) ## lint, formatting, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -20,16 +20,6 @@ os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes that share the tests (`make test`) one takes all that start Ray, the other file by file the rest:
-    clusters beside each other would take turns on the cores and run into timeouts."""
-    ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in ray else item.path.name))
-    items.sort(key=lambda item: item.path not in ray)
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the checkout; tests skip without it, except in CI, where it must be there."""
