@@ -10,6 +10,7 @@ import torch
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.context.gist_function import build_levels
 from megacontext.model.flops import (
+    attention_label_flops,
     count_params,
     decode_flops_per_token,
     forward_flops_per_token,
@@ -23,6 +24,7 @@ from megacontext.model.flops import (
     tree_flops,
 )
 from megacontext.model.gpt import GPT
+from megacontext.train.attention_labels import block_attention
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
 
@@ -80,6 +82,15 @@ def test_flops_of_a_memory_equal_those_torch_counts(pooling: str, head: str) -> 
     x, lod = torch.randn(1, 30, 32), torch.zeros(1, 30, dtype=torch.int64)
     rotary = model.rotary_table.slice(0, 30, x.device)
     assert counted(lambda: ours.scores(x, lod, rotary)) + 2 * 30 * 4 * 32 * 30 == lens_flops(CONFIG, memory, 30)
+
+
+def test_flops_of_attention_labels_equal_those_torch_counts() -> None:
+    model = GPT(CONFIG)
+    model.init_weights()
+    x = torch.randn(1, 64, 32)
+    attention = (CONFIG.n_layer - 1) * 64 * 4 * 32 * 64  # of the layers that are passed through
+    found = counted(lambda: block_attention(model, x, 5, 3, 8))
+    assert found + attention == attention_label_flops(CONFIG, 64, 5)
 
 
 def test_parts_that_a_memory_lacks_cost_nothing() -> None:

@@ -28,8 +28,12 @@ def count_params(config: GPTConfig) -> int:
 def matmul_params(config: GPTConfig) -> int:
     """Parameters that take part in a matrix product for every token: all but the embedding, which is a lookup."""
     width = config.n_embd
-    attention = 2 * width * width + 2 * width * config.n_kv_head * config.head_dim
-    return config.n_layer * (attention + 8 * width * width) + config.vocab_size * width
+    return config.n_layer * (_qkv_params(config) + 9 * width * width) + config.vocab_size * width
+
+
+def _qkv_params(config: GPTConfig) -> int:
+    """Parameters of one layer's projections to queries, keys and values."""
+    return config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
 
 
 def train_flops_per_token(config: GPTConfig, seq_len: int | None = None) -> float:
@@ -60,6 +64,15 @@ def lens_flops(config: GPTConfig, memory: MemoryConfig, entries: int) -> float:
     """FLOPs of scoring a context of `entries` entries once."""
     head = (2 * config.n_embd + 2) * config.n_embd if memory.lensnet_head == "mlp" else config.n_embd
     return _encoder_flops(config, memory.lensnet_layers, entries) + 2.0 * head * entries
+
+
+def attention_label_flops(config: GPTConfig, tokens: int, newest: int) -> float:
+    """FLOPs of asking what the `newest` tokens of a row attend to: all layers' projections and those queries' scores,
+    and what the layers below the last one compute."""
+    width = config.n_embd
+    asked = 2.0 * tokens * (_qkv_params(config) + newest * width)
+    passed = tokens * (2.0 * (_qkv_params(config) + 9 * width * width) + 4.0 * width * tokens)
+    return config.n_layer * asked + (config.n_layer - 1) * passed
 
 
 def routing_key_flops(config: GPTConfig, memory: MemoryConfig, tokens: int) -> float:

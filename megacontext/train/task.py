@@ -81,7 +81,7 @@ class TrainTask:
 
     def flops_per_token(self, progress: float) -> float:
         """Training FLOPs per token of a row when a share `progress` of the run is done: of the raw row, and with a memory
-        of its tree, its variants, the lens and measured edits as well. The GPT's convention for all of them."""
+        of its tree, its variants, the lens with its labels and measured edits as well. The GPT's convention for all."""
         if self.memory is None:
             return train_flops_per_token(self.gpt)
         views, gpt, memory = ViewSettings.of(self.memory, self.gpt.sequence_len), self.gpt, self.memory
@@ -92,8 +92,11 @@ class TrainTask:
         once += flops.lens_flops(gpt, memory, views.length(views.last_entries) - views.horizon)
         single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
         edits = min(memory.mc_max_counterfactuals, views.blocks) * single
-        measured = edits * flops.forward_flops_per_token(gpt, single) if edits else 0.0
-        return (3 * once + measured) / views.tokens
+        forward = edits * flops.forward_flops_per_token(gpt, single) if edits else 0.0
+        if memory.mc_lens_attention_weight:
+            text = 1 - memory.mc_recall_share
+            forward += text * flops.attention_label_flops(gpt, views.tokens, views.horizon)
+        return (3 * once + forward) / views.tokens
 
     @property
     def mean_flops_per_token(self) -> float:
