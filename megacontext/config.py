@@ -63,9 +63,9 @@ class GPTConfig:
         n_kv_head: int = 0,
         token_shift: bool = False,
     ) -> GPTConfig:
-        """The one dial: width 64·depth unless given; heads of 128, of 64 below depth 4 or where 128 does not divide."""
+        """The one dial: width 64·depth unless given; heads of 128, of 64 below depth 4 or where 128 gives fewer than two."""
         n_embd = width or 64 * depth
-        head_dim = 128 if depth >= 4 and n_embd % 128 == 0 else 64
+        head_dim = 128 if depth >= 4 and n_embd % 128 == 0 and n_embd >= 256 else 64
         n_head = max(1, n_embd // head_dim)
         return cls(
             sequence_len=sequence_len,
