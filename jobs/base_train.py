@@ -17,6 +17,7 @@ from typing import Any
 from jobs import cli
 from jobs.launch import run_training
 from jobs.stage import run_stage
+from jobs.take_over import shape, take_over
 from megacontext.config import DataConfig, GPTConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import UserError
@@ -37,6 +38,7 @@ def task_of(args: cli.Args) -> TrainTask:
     from jobs.prepare_data import token_dirs
 
     where = cli.paths(args)
+    start = take_over(args)
     tokenizer = Tokenizer.load(where.tokenizer_dir)
     train_dir, val_dir = token_dirs(args)
     memory = args.memory if args.memory.mc else None
@@ -46,14 +48,8 @@ def task_of(args: cli.Args) -> TrainTask:
         train_tokens_dir=train_dir,
         val_tokens_dir=val_dir,
         tokenizer_dir=where.tokenizer_dir,
-        gpt=GPTConfig.from_depth(
-            args.model.depth,
-            vocab_size=tokenizer.vocab_size,
-            sequence_len=args.data.max_seq_len,
-            width=args.model.width,
-            n_kv_head=args.model.n_kv_head,
-            token_shift=bool(args.model.token_shift),
-        ),
+        gpt=shape(start, args.data.max_seq_len) if start else _shape_of_flags(args, tokenizer.vocab_size),
+        init_from=start,
         train=args.train if memory is None else with_fitting_batch(args.train, memory, args.data.max_seq_len),
         memory=memory,
         seed=args.run.seed,
@@ -61,6 +57,17 @@ def task_of(args: cli.Args) -> TrainTask:
         compile=args.run.compile,
         verify_shards=bool(args.data.verify_shards),
         provenance=provenance.collect(),
+    )
+
+
+def _shape_of_flags(args: cli.Args, vocab_size: int) -> GPTConfig:
+    return GPTConfig.from_depth(
+        args.model.depth,
+        vocab_size=vocab_size,
+        sequence_len=args.data.max_seq_len,
+        width=args.model.width,
+        n_kv_head=args.model.n_kv_head,
+        token_shift=bool(args.model.token_shift),
     )
 
 

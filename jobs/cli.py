@@ -25,6 +25,7 @@ from megacontext.config import (
     from_flat,
 )
 from megacontext.errors import MegaContextError
+from megacontext.train.checkpoint import checkpoint_name
 
 SECTIONS: Mapping[str, type[Any]] = {
     "run": RunConfig,
@@ -59,6 +60,7 @@ class Paths:
     tokens_dir: str
     run_dir: str
     checkpoints_dir: str
+    start_dir: str
 
 
 def parse(sections: Sequence[type[Any]], description: str | None, argv: Sequence[str] | None = None) -> Args:
@@ -101,7 +103,7 @@ def resolve(given: Mapping[str, Any]) -> Args:
     flat["storage"] = flat.get("storage") or storage.join(flat["base_dir"], "runs")
     if storage.is_local(flat["storage"]):
         flat["storage"] = str(storage.local_path(flat["storage"]).absolute())  # workers run in other folders
-    for name in ("data_dir", "eval_bundle"):
+    for name in ("data_dir", "eval_bundle", "init_from"):
         if flat.get(name) and storage.is_local(flat[name]):
             flat[name] = str(storage.local_path(flat[name]).absolute())
     return Args(**{name: from_flat(section, flat) for name, section in SECTIONS.items()})
@@ -124,13 +126,18 @@ def paths(args: Args) -> Paths:
     source = _source_name(args)
     name = f"{source}-v{args.data.vocab_size}"
     run_dir = storage.join(args.run.storage, args.run.run)
+    start_dir = storage.join(run_dir, "start")
+    tokenizer_dir = storage.join(base, "tokenizer", name)
+    if args.run.init_from:
+        tokenizer_dir = storage.join(start_dir, checkpoint_name("start", 0), "tokenizer")
     return Paths(
         base_dir=base,
         data_dir=args.data.data_dir or storage.join(base, "data", source),
-        tokenizer_dir=storage.join(base, "tokenizer", name),
+        tokenizer_dir=tokenizer_dir,
         tokens_dir=storage.join(base, "tokens", name),
         run_dir=run_dir,
         checkpoints_dir=storage.join(run_dir, "checkpoints"),
+        start_dir=start_dir,
     )
 
 

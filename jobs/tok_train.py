@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from jobs import cli
 from jobs.stage import run_stage
+from jobs.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet
@@ -32,8 +33,12 @@ RECORD_NAME = "tok_train.json"
 
 
 def run(args: cli.Args) -> dict[str, Any]:
-    """Train, save and describe the tokenizer of the run; what it made before from the same text is taken as it is."""
+    """Train, save and describe the tokenizer of the run; what it made before from the same text is taken as it is, and
+    so is the tokenizer of a model that the run starts from."""
     where = cli.paths(args)
+    if take_over(args) is not None:
+        taken = Tokenizer.load(where.tokenizer_dir)
+        return {"tok_train/vocab_size": taken.vocab_size, "tok_train/digest": taken.digest}
     return train_tokenizer(args.data, where.data_dir, where.tokenizer_dir)
 
 

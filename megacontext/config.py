@@ -90,6 +90,11 @@ class RunConfig:
     )
     base_dir: str = flag("", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)")
     storage: str = flag("", "folder or fsspec URI that holds runs (default: <base_dir>/runs)")
+    init_from: str = flag(
+        "",
+        "start from a trained model, ours or nanochat's: a run, a checkpoint or a nanochat base directory, or its URI; "
+        "its shape and tokenizer are taken over; with --mc it gets a memory",
+    )
     seed: int = flag(1337, "seed of initialization, data order and sampling")
     num_workers: int = flag(0, "training processes; 0 is one per GPU of the cluster, or 1 without GPUs")
     cpus_per_worker: int = flag(0, "CPU cores a training process may use; 0 shares the cores of the machine")

@@ -78,9 +78,9 @@ def test_the_model_of_the_run_loads_and_talks(finished: Path) -> None:
 
 
 def test_the_pipeline_with_a_memory(finished: Path) -> None:
-    """`make speedrun ARGS="--run memory --mc …"` without Ray: trained, asked for facts, and talked to in a session."""
+    """A finished run is given a memory, without Ray: trained on, asked for facts, and talked to in a session."""
     memory = [*TINY, "--run", "memory", "--max_seq_len", "256", "--num_iterations", "6", "--launcher", "local",
-              "--mc", "--token_shift", "1", "--mc_recall_share", "0.3"]  # fmt: skip
+              "--mc", "--init_from", str(finished / "runs" / "mine"), "--mc_recall_share", "0.3"]  # fmt: skip
     done = run([sys.executable, "jobs/speedrun.py", *memory], finished)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     run_dir = finished / "runs" / "memory"

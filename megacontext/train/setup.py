@@ -21,6 +21,7 @@ from megacontext.data.stream import Batch, BatchPlan, MmapStream, RowOrder
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError
 from megacontext.model.gpt import GPT
+from megacontext.model.nanochat import load_weights
 from megacontext.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective
@@ -134,9 +135,13 @@ def fresh(task: TrainTask, device: torch.device, dtype: torch.dtype) -> tuple[GP
     model.init_weights(torch.Generator().manual_seed(task.seed))
     if task.init_from is not None:
         start = load_checkpoint(task.init_from, with_optimizer=False).model
-        if not any(name.startswith("memory.") for name in start):  # a vanilla model that gets a memory
-            start = {name: start.get(name, value) for name, value in model.state_dict().items()}
-        model.load_state_dict(start)
+        mine = {name: value for name, value in model.state_dict().items() if name.startswith("memory.")}
+        if not mine:
+            start = {name: value for name, value in start.items() if not name.startswith("memory.")}
+        elif not any(name.startswith("memory.") for name in start):  # a vanilla model that gets a memory
+            start |= mine
+        load_weights(model, start, task.init_from)
+        model.float()  # whatever it was stored in, training keeps its weights in full precision
     model.compute_dtype = dtype
     model.to(device)
     return model, build_optimizer(model, task.train)

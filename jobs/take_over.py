@@ -1,0 +1,65 @@
+"""`--init_from`: a run that starts from a trained model, ours or nanochat's, and takes over its weights, shape and tokenizer.
+
+The model is copied into the run once, as `<run>/start/megacontext_start_000000`, so that the run stands by itself: it
+continues when the model it came from is gone, and all its workers read the same bytes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, replace
+
+import megacontext as mc
+from jobs import cli
+from megacontext.config import GPTConfig
+from megacontext.errors import UserError
+from megacontext.train.checkpoint import CheckpointWriter, latest_checkpoint, read_meta
+
+STAGE = "start"
+
+
+def take_over(args: cli.Args) -> str | None:
+    """The run's copy of the checkpoint of `--init_from`, made now if it is not there; None without the flag.
+
+    Raises CheckpointError when there is no model to take over, UserError when the run began from another one.
+    """
+    source = args.run.init_from
+    if not source:
+        return None
+    directory = cli.paths(args).start_dir
+    known = latest_checkpoint(directory, STAGE)
+    if known is None:
+        return _copy(source, directory)
+    before = read_meta(known)["source"]
+    if before != source:
+        raise UserError(
+            f"run {cli.paths(args).run_dir!r} was started from {before!r}, --init_from is {source!r}; "
+            "give the old one, or start another --run."
+        )
+    return known
+
+
+def shape(start: str, sequence_len: int) -> GPTConfig:
+    """The shape of a model taken over, for training rows of `sequence_len` tokens."""
+    return replace(GPTConfig(**read_meta(start)["model_config"]), sequence_len=sequence_len)
+
+
+def _copy(source: str, directory: str) -> str:
+    model, tokenizer = mc.load(source)
+    meta = {"source": source, "model_config": asdict(model.config)}
+    if model.memory is not None:
+        meta["memory_config"] = asdict(model.memory.config)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        writer = CheckpointWriter(directory, STAGE, folder, keep=1)
+        writer.save(0, model.state_dict(), {}, meta)
+        writer.close()
+    made = latest_checkpoint(directory, STAGE)
+    assert made is not None
+    shape = model.config
+    print(
+        f"--init_from: weights, tokenizer and shape of {source} (depth {shape.n_layer}, width {shape.n_embd}, "
+        f"{shape.vocab_size} tokens) are the start of this run",
+        flush=True,
+    )
+    return made
