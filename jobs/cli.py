@@ -125,6 +125,7 @@ def paths(args: Args) -> Paths:
     base = args.run.base_dir
     source = _source_name(args)
     name = f"{source}-v{args.data.vocab_size}"
+    shortest = args.data.min_doc_chars
     run_dir = storage.join(args.run.storage, args.run.run)
     start_dir = storage.join(run_dir, "start")
     tokenizer_dir = storage.join(base, "tokenizer", name)
@@ -134,7 +135,7 @@ def paths(args: Args) -> Paths:
         base_dir=base,
         data_dir=args.data.data_dir or storage.join(base, "data", source),
         tokenizer_dir=tokenizer_dir,
-        tokens_dir=storage.join(base, "tokens", name),
+        tokens_dir=storage.join(base, "tokens", name + (f"-min{shortest}" if shortest > 0 else "")),
         run_dir=run_dir,
         checkpoints_dir=storage.join(run_dir, "checkpoints"),
         start_dir=start_dir,

@@ -48,6 +48,7 @@ class Job:
     tokenizer_digest: str
     row_tokens: int
     shard_bytes: int
+    min_doc_chars: int
 
     def finished(self) -> Receipt | None:
         return binarize.finished(self.parquet_path, self.out_prefix, self.tokenizer_digest, self.row_tokens)
@@ -64,13 +65,26 @@ def token_dirs(args: cli.Args) -> tuple[str, str]:
 def run(args: cli.Args) -> dict[str, Any]:
     """Binarize both splits, or say that they are complete. Returns `{"prepare_data/<metric>": number}`."""
     where = cli.paths(args)
-    return prepare(where.data_dir, where.tokenizer_dir, where.tokens_dir, args.data.max_seq_len)
+    return prepare(
+        where.data_dir,
+        where.tokenizer_dir,
+        where.tokens_dir,
+        args.data.max_seq_len,
+        min_doc_chars=args.data.min_doc_chars,
+    )
 
 
 def prepare(
-    data_dir: str, tokenizer_dir: str, tokens_dir: str, seq_len: int, shard_bytes: int = binarize.SHARD_BYTES
+    data_dir: str,
+    tokenizer_dir: str,
+    tokens_dir: str,
+    seq_len: int,
+    shard_bytes: int = binarize.SHARD_BYTES,
+    min_doc_chars: int = 0,
 ) -> dict[str, Any]:
     """Binarize the parquet files of `data_dir` into `tokens_dir`; rows are of `seq_len` + 1 ids.
+
+    Training documents shorter than `min_doc_chars` are left out; validation has them all, so that runs compare.
 
     Raises DataError for unusable input, naming the file, StorageError when the output cannot be written.
     """
@@ -87,6 +101,7 @@ def prepare(
             tokenizer.digest,
             seq_len + 1,
             shard_bytes,
+            min_doc_chars if split == "train" else 0,
         )
         for split in SPLITS
         for path in inputs[split]
@@ -139,6 +154,7 @@ def run_job(item: Mapping[str, Any]) -> dict[str, Any]:
             job.row_tokens,
             num_threads=item["threads"],
             shard_bytes=job.shard_bytes,
+            min_doc_chars=job.min_doc_chars,
         )
     except MegaContextError as error:
         return {"index": item["index"], "receipt": None, "error": error}

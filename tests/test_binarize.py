@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import prepare_data
+from jobs import cli, prepare_data
 from megacontext.data import binarize, parquet
 from megacontext.data.shards import Manifest, ShardSet
 from megacontext.data.tokenizer import Tokenizer
@@ -156,6 +156,17 @@ def test_a_receipt_holds_only_while_everything_fits(folder: Path, tokenizer: Tok
     assert not done()
     Path(out + ".done.json").write_text("{")
     assert not done()
+
+
+def test_short_documents_can_be_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    words = ["word " * n for n in (1, 30, 199, 200, 201)]
+    (tmp_path / "x.parquet").write_bytes(parquet.encode_texts(words))
+    path, out = str(tmp_path / "x.parquet"), str(tmp_path / "o" / "x")
+    assert binarize.binarize_file(path, out, tokenizer, 65).documents == 5
+    assert binarize.binarize_file(path, out, tokenizer, 65, min_doc_chars=1000).documents == 2
+    settings = {"tier": "cpu", "base_dir": str(tmp_path), "data_dir": str(tmp_path)}
+    folders = {cli.paths(cli.resolve(settings | {"min_doc_chars": n})).tokens_dir for n in (0, 1000, 2000)}
+    assert len(folders) == 3
 
 
 def test_threads_per_task() -> None:

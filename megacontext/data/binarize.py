@@ -103,6 +103,7 @@ def binarize_file(
     num_threads: int = 1,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int], None] | None = None,
+    min_doc_chars: int = 0,
 ) -> Receipt:
     """Tokenize and pack one parquet file into `{out_prefix}-00000.arrow`, …, then write `{out_prefix}.done.json`.
 
@@ -116,6 +117,7 @@ def binarize_file(
         num_threads: tokenizer threads.
         shard_bytes: most bytes of one output file.
         on_progress: called with the tokens written so far, after each block of rows.
+        min_doc_chars: documents shorter than this are left out. Another choice needs another `out_prefix`.
 
     Raises:
         DataError: the input is damaged, or has less text than one row.
@@ -123,7 +125,8 @@ def binarize_file(
     """
     started = time.monotonic()
     stats = PackStats()
-    documents = tokenize(parquet.read_texts(parquet_path), tokenizer, num_threads)
+    texts = ([text for text in group if len(text) >= min_doc_chars] for group in parquet.read_texts(parquet_path))
+    documents = tokenize(texts, tokenizer, num_threads)
     dtype = ids_dtype(tokenizer.vocab_size)
     most_rows = max(1, shard_bytes // (row_tokens * dtype.itemsize))
     blocks = pack_rows(documents, row_tokens, tokenizer.bos_id, stats, block_rows=min(1024, most_rows))
@@ -213,7 +216,7 @@ def build_manifest(
         tokens = sum(receipt.tokens_in for receipt in receipts)
         raise DataError(
             f"the {split} split of {source!r} has {tokens} tokens, less than one row of {row_tokens}. "
-            f"Give more text, or a smaller --max_seq_len."
+            "Give more text, or a smaller --max_seq_len or --min_doc_chars."
         )
     return Manifest(
         version=VERSION,
