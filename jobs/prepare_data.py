@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jobs import cli
 from jobs.stage import run_stage
+from jobs.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import binarize, parquet
@@ -65,6 +66,7 @@ def token_dirs(args: cli.Args) -> tuple[str, str]:
 def run(args: cli.Args) -> dict[str, Any]:
     """Binarize both splits, or say that they are complete. Returns `{"prepare_data/<metric>": number}`."""
     where = cli.paths(args)
+    take_over(args)  # its tokenizer, where a run starts from a model
     return prepare(
         where.data_dir,
         where.tokenizer_dir,
