@@ -38,6 +38,7 @@ from megacontext.telemetry import provenance, report
 STAGE = "recall_eval"
 HISTORY_BUDGETS = 16  # default length of a history, in budgets
 _HAYSTACK_HISTORIES = 4  # text read for a haystack, in histories: items begin at different places of it
+_HAYSTACK_TOKENS = 1 << 16  # at least, so that short histories are not pieces of one page
 _COLORS = ("#94a3b8", "#64748b", "#a16207", "#d97706", "#9333ea", "#0891b2", "#059669", "#2563eb", "#dc2626", "#0f172a")
 
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     items = recall_items(
         args.task, words, history, args.items, args.seed, block_size=block_size, pairs=args.pairs,
         recent_tokens=budget if args.task == "mqar" else args.tail,  # mqar is about what no window holds
-        haystack=haystack_ids(args.haystack, tokenizer, _HAYSTACK_HISTORIES * history), questions=args.questions,
+        haystack=haystack_ids(args.haystack, tokenizer, max(_HAYSTACK_TOKENS, _HAYSTACK_HISTORIES * history)), questions=args.questions,
     )  # fmt: skip
     settings = {
         "task": args.task, "budget": budget, "history": history, "tail": args.tail, "items": args.items,

@@ -51,7 +51,7 @@ class Rung:
 
 
 RUNGS = (
-    Rung("raw recall inside W", "mk_niah", 0.85, 100, "full", "full", 0.99),
+    Rung("raw recall inside W", "mk_niah", 0.85, 1000, "full", "full", 0.99),
     Rung("oracle expansion, one needle, 64 W", "niah", 64, 50, BASELINES, "oracle", 0.99, questions=4),
     Rung("learned search, one needle, 64 W", "niah", 64, 50, BASELINES, "ours", 0.95, questions=4),
     Rung("a fact in every other block, 16 W", "mk_niah", 16, 50, FACTS, "ours", 0.85, questions=4),

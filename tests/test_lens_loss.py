@@ -166,10 +166,15 @@ def test_correlation_within_rows_and_none_where_nothing_varies() -> None:
 def test_routing_chooses_among_what_is_allowed() -> None:
     logits = torch.tensor([[5.0, 1.0, 2.0], [0.0, 1.0, 2.0]], requires_grad=True)
     allowed = torch.tensor([[False, True, True], [True, True, True]])
-    result = route(logits, allowed, torch.tensor([2, 0]))
+    result = route(logits, allowed, torch.tensor([[2, 2], [0, 0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     assert result.correct.tolist() == [1.0, 0.0]
     assert result.loss[0].item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-5)
     result.loss.sum().backward()
     assert logits.grad is not None
     assert logits.grad[0, 0] == 0
     assert torch.isfinite(logits.grad).all()
+    both = route(logits, allowed, torch.tensor([[2, 1], [0, 1]]), torch.full((2, 2), 0.5))
+    assert both.correct.tolist() == [1.0, 0.0]
+    assert both.loss[0].item() == pytest.approx(
+        0.5 + math.log(1 + math.exp(-1)), rel=1e-5
+    )  # least where both match alike

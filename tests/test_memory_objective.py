@@ -270,17 +270,24 @@ def test_metrics_are_those_of_the_specification() -> None:
 def test_routing_asks_at_the_question_and_offers_only_what_was_read() -> None:
     views = ViewSettings.of(TASKS, T)
     batch = RecallMix(1.0, 3, WORDS, T + 1, 8).mixed(new_batch(3))
+    assert isinstance(batch, RecallBatch)
     questions = route_tensors(views, batch, CPU)
     assert questions is not None
     blocks, number = T // 8, 0
     for row in range(3):
-        for position, evidence in zip(batch.question_position[row], batch.evidence_block[row], strict=True):  # type: ignore[attr-defined]
+        for position, evidence, earlier in zip(
+            batch.question_position[row], batch.evidence_block[row], batch.earlier_block[row], strict=True
+        ):
             if position < 31:
                 continue
             assert questions.windows[number].tolist() == batch.ids[row, position - 31 : position + 1].tolist()
-            assert int(questions.evidence[number]) == row * blocks + evidence
+            right = {evidence, *earlier.tolist()} - {-1}
+            assert questions.evidence[number, 0] == row * blocks + evidence
+            assert set(questions.evidence[number].tolist()) == {row * blocks + block for block in right}
+            shares = [1 / len(right) if block >= 0 else 0.0 for block in (evidence, *earlier)]
+            assert questions.share[number].tolist() == pytest.approx(shares)
             allowed = questions.allowed[number].view(3, blocks)
-            told = batch.evidence_block[row].max() + 1  # type: ignore[attr-defined]
+            told = batch.evidence_block[row].max() + 1
             assert allowed[row].nonzero().max() == min((position + 1 - QUESTION_TOKENS) // 8, told) - 1
             assert allowed[np.arange(3) != row].all()
             number += 1

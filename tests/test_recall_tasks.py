@@ -116,20 +116,23 @@ def test_an_item_does_not_depend_on_the_others() -> None:
 
 
 def check_rows(rows: RecallRows, words: WordList, block_size: int, again: bool = False) -> None:
-    for ids, answers, positions, blocks in zip(
-        rows.ids, rows.answers, rows.question_position, rows.evidence_block, strict=True
+    for ids, answers, positions, blocks, earlier in zip(
+        rows.ids, rows.answers, rows.question_position, rows.evidence_block, rows.earlier_block, strict=True
     ):
         there = positions >= 0
         assert (blocks[there] > 0).all()
         assert (blocks[~there] == -1).all()
+        assert (earlier[~there] == -1).all()
         assert np.array_equal(np.sort(positions[there] + 1), np.flatnonzero(answers))
         assert answers[-1]
-        for position, block in zip(positions[there], blocks[there], strict=True):
+        for position, block, before in zip(positions[there], blocks[there], earlier[there], strict=True):
             reader = Reader(ids[: position + 1], words)
             key = tuple(ids[position - 1 : position + 1].tolist())
             value, starts = reader.answer(key)
             assert ids[position + 1] == value
             assert starts[-1] // block_size == block
+            told = [start // block_size for start, known, _ in reader.facts if known == key]
+            assert [*(known for known in before if known >= 0), block] == told
             assert (block + 1) * block_size <= position - 2
         reader = Reader(ids, words)
         assert len(reader.asked) == there.sum()

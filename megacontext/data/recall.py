@@ -65,12 +65,14 @@ class RecallRows:
 
     For each of Q questions, -1 where a row has fewer: `question_position` [B, Q], its last token, where the answer is
     predicted, and `evidence_block` [B, Q], the block that states it (of vt the first link: what the question names).
+    `earlier_block` [B, Q, 2]: blocks that said something else about the same key before, -1 where there are fewer.
     """
 
     ids: I64
     answers: Bool
     question_position: I64
     evidence_block: I64
+    earlier_block: I64
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,7 @@ def recall_rows(
         np.zeros((rows, row_tokens), bool),
         np.full((rows, middle + at_end), -1, np.int64),
         np.full((rows, middle + at_end), -1, np.int64),
+        np.full((rows, middle + at_end, _VALUES - 1), -1, np.int64),
     )
     shares = np.array([0.0 if problem else weights[plan.task] for plan, problem in zip(plans, problems, strict=True)])
     number = rng.choice(len(plans), rows, p=shares / shares.sum())
@@ -337,7 +340,11 @@ def _fill_rows(
     out.ids[chosen] = ids
     out.answers[chosen[row], place + QUESTION_TOKENS] = True
     out.question_position[chosen] = np.where(valid, at + QUESTION_TOKENS - 1, -1)
-    out.evidence_block[chosen] = np.where(valid, np.take_along_axis(start, asked, 1) // r, -1)
+    block = np.take_along_axis(start, asked, 1) // r
+    out.evidence_block[chosen] = np.where(valid, block, -1)
+    same = facts.key[:, None, :] == np.take_along_axis(facts.key, asked, 1)[:, :, None]
+    before = np.where(same & (start[:, None, :] // r < block[:, :, None]), start[:, None, :] // r, -1)
+    out.earlier_block[chosen] = np.where(valid[:, :, None], np.sort(before, 2)[:, :, 1 - _VALUES :], -1)
 
 
 def _distinct(rng: np.random.Generator, rows: int, count: int, limit: int) -> I64:

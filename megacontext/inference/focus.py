@@ -86,7 +86,7 @@ class LensScorer:
         if self.lens:
             x, rotary = entry_inputs(self.model, self.tree, context)
             lod = torch.from_numpy(context.lod.copy())[None].to(x.device)
-            score = self.memory.scores(x, lod, rotary)[0].cpu().double().numpy()
+            score = balanced(self.memory.scores(x, lod, rotary)[0].cpu().double().numpy(), context)
         if self.found is None or not len(self.found.block):
             return score
         route = self.route(context)
@@ -119,6 +119,21 @@ class LensScorer:
         logits[torch.from_numpy(alike)] = logits.max() + NEWER * torch.from_numpy(order).to(logits)
         probability: F64 = logits.double().softmax(0)[: len(found.match)].cpu().numpy()
         return probability
+
+
+def balanced(score: F64, context: WorkingContext) -> F64:
+    """Scores [L] less their mean over the nodes before the newest block, each raw block counting as one.
+
+    Scores compare: in training their mean is held at zero, as much to collapse as to expand. Of contexts unlike those of
+    training LensNet may think better or worse as a whole, and all detail would be kept, or none.
+    """
+    r = context.block_size
+    old = context.starts < (context.tokens - 1) // r * r
+    if not old.any():
+        return score
+    weight = np.where(context.lod == 0, 1.0 / r, 1.0) * old
+    centred: F64 = np.clip(score - (weight * score).sum() / weight.sum(), -1.0, 1.0)
+    return centred
 
 
 def _runs(index: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

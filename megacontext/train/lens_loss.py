@@ -164,11 +164,12 @@ class Routing:
     correct: Tensor
 
 
-def route(logits: Tensor, allowed: Tensor, evidence: Tensor) -> Routing:
-    """Questions over all blocks of the micro-batch: logits [Q, M]; allowed bool [Q, M]; evidence int64 [Q], the right one."""
+def route(logits: Tensor, allowed: Tensor, evidence: Tensor, share: Tensor) -> Routing:
+    """Questions over all blocks of the micro-batch: logits [Q, M]; allowed bool [Q, M]; evidence int64 [Q, n], the right
+    ones, each with its share [Q, n] of the probability, 0 where there are fewer."""
     masked = logits.masked_fill(~allowed, -math.inf)
-    loss = F.cross_entropy(masked, evidence, reduction="none")
-    return Routing(loss, (masked.argmax(1) == evidence).float())
+    loss = -(masked.log_softmax(1).gather(1, evidence) * share).sum(1)
+    return Routing(loss, (masked.argmax(1, keepdim=True) == evidence).any(1).float())
 
 
 def correlation(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -234,7 +234,7 @@ class MemoryObjective:
     def _route(self, leaves: Tensor, questions: RouteTensors) -> Tensor:
         keys = self.memory.keys(leaves).flatten(0, 1)
         logits = self.memory.route_logits(self.memory.query(questions.windows), keys)
-        found = route(logits, questions.allowed, questions.evidence)
+        found = route(logits, questions.allowed, questions.evidence, questions.share)
         count = questions.weights.numel()
         self.meter.add("route_loss", found.loss.detach().sum(), count)
         self.meter.add("route_accuracy", found.correct.sum(), count)

@@ -28,10 +28,12 @@ _MIX = -3  # the number under which `RowRandom` says whether a row is a task
 @dataclass
 class RecallBatch(Batch):
     """A batch that holds tasks. Of each row's Q questions, -1 where it has fewer (text has none): `question_position`
-    int64 [B, Q], the token at which the answer is predicted, and `evidence_block` [B, Q], the block that states it."""
+    int64 [B, Q], the token at which the answer is predicted, and `evidence_block` [B, Q], the block that states it,
+    after those of `earlier_block` [B, Q, 2] that said something else."""
 
     question_position: I64
     evidence_block: I64
+    earlier_block: I64
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,26 @@ class RecallMix:
         ids = batch.ids.clone()
         mask = None if batch.mask is None else batch.mask.clone()
         rows = [self._row(int(batch.positions[at]), batch.ids[at].numpy()) for at in tasks]
-        made, position, block = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        made, *answers = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         ids[torch.from_numpy(tasks)] = torch.from_numpy(made)
         if mask is not None:
             mask[torch.from_numpy(tasks)] = 1
-        questions = np.full((2, len(ids), position.shape[1]), -1, np.int64)
-        questions[0, tasks], questions[1, tasks] = position, block
-        return RecallBatch(ids, mask, batch.positions, batch.rows, questions[0], questions[1])
+        of_all = [np.full((len(ids), *part.shape[1:]), -1, np.int64) for part in answers]
+        for part, of_tasks in zip(of_all, answers, strict=True):
+            part[tasks] = of_tasks
+        return RecallBatch(ids, mask, batch.positions, batch.rows, *of_all)
 
     def is_task(self, positions: I64) -> Bool:
         """[B]: which rows are tasks, by their global positions [B]."""
         drawn = RowRandom(self.seed, positions, np.full(len(positions), _MIX)).random((len(positions), 1))
         return np.asarray(drawn[:, 0] < self.share)
 
-    def _row(self, position: int, text: I64) -> tuple[I64, I64, I64]:
-        """Ids [1, T + 1], question positions and evidence blocks [1, Q] of the task at a global position."""
+    def _row(self, position: int, text: I64) -> tuple[I64, I64, I64, I64]:
+        """Ids [1, T + 1], question positions and evidence blocks [1, Q], earlier blocks [1, Q, 2] of the task at a
+        global position."""
         made = recall_rows(
             np.random.default_rng([self.seed % (1 << 64), position]), self.words, 1, self.row_tokens,
             block_size=self.block_size, haystack=text,
             questions=QUESTIONS, again=True,
         )  # fmt: skip
-        return made.ids, made.question_position, made.evidence_block
+        return made.ids, made.question_position, made.evidence_block, made.earlier_block

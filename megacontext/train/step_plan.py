@@ -73,11 +73,13 @@ class LensTensors:
 class RouteTensors:
     """Questions with a known answer: `windows` [Q, 32] the ids that end with each; `allowed` [Q, B·blocks], true for the
     blocks to choose from, all of other rows' and of its own those read by then, up to the last with a fact;
-    `evidence` [Q] the right one; `weights` [Q], 1 over the questions of the row."""
+    `evidence` [Q, 3] the right one and, as good a match by what it says, those before it about the same key, in `share`
+    [Q, 3] of one; `weights` [Q], 1 over the questions of the row."""
 
     windows: Tensor
     allowed: Tensor
     evidence: Tensor
+    share: Tensor
     weights: Tensor
 
 
@@ -158,7 +160,10 @@ def route_tensors(settings: ViewSettings, batch: Batch, device: torch.device) ->
     row, number = np.nonzero(batch.question_position >= QUERY_TOKENS - 1)
     if not len(row):
         return None
-    position, evidence = batch.question_position[row, number], batch.evidence_block[row, number]
+    position = batch.question_position[row, number]
+    latest, earlier = batch.evidence_block[row, number][:, None], batch.earlier_block[row, number]
+    there = np.concatenate([latest, earlier], 1) >= 0
+    evidence = np.concatenate([latest, np.where(earlier >= 0, earlier, latest)], 1)
     blocks, r = settings.tokens // settings.block_size, settings.block_size
     columns = position[:, None] + np.arange(1 - QUERY_TOKENS, 1)
     known = (position + 1 - QUESTION_TOKENS) // r  # blocks that were complete before the question
@@ -170,7 +175,8 @@ def route_tensors(settings: ViewSettings, batch: Batch, device: torch.device) ->
             {
                 "windows": batch.ids.numpy()[row[:, None], columns],
                 "allowed": allowed,
-                "evidence": row * blocks + evidence,
+                "evidence": row[:, None] * blocks + evidence,
+                "share": (there / there.sum(1, keepdims=True)).astype(np.float32),
                 "weights": 1.0 / np.bincount(row)[row],
             },
             device,
