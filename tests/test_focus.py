@@ -11,7 +11,7 @@ from megacontext.context.allocator import AllocatorConfig, FocusAllocator
 from megacontext.context.gist_function import MeanGist
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
-from megacontext.inference.focus import LensScorer, entry_inputs
+from megacontext.inference.focus import LensScorer, balanced, entry_inputs
 from megacontext.inference.search import Found
 from megacontext.model.gpt import GPT
 from megacontext.model.norm import rms_norm
@@ -73,9 +73,15 @@ def test_inputs_of_entries_equal_those_made_one_by_one(memory: bool, token_shift
     assert torch.equal(late_rotary[0], rotary[0][:, 17:])
 
 
-@pytest.mark.parametrize("block", [0, 31, 200, 511])
-def test_a_refocus_expands_the_block_that_is_asked_for(block: int) -> None:
+@pytest.mark.parametrize(("block", "drift"), [(0, 0.0), (31, 0.0), (200, 0.9), (511, -0.9)])
+def test_a_refocus_expands_the_block_that_is_asked_for(
+    block: int, drift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where LensNet thinks too well or too badly of everything, as it may of histories unlike those of training."""
     model = make()
+    assert model.memory is not None
+    scores = model.memory.scores
+    monkeypatch.setattr(model.memory, "scores", lambda *given: (scores(*given) + drift).clamp(-1, 1))
     ids = needle(5000, block)
     tree = tree_of(model, ids)
     budget = 128
@@ -89,6 +95,19 @@ def test_a_refocus_expands_the_block_that_is_asked_for(block: int) -> None:
     assert all((0, block * BLOCK + offset) in shown for offset in range(BLOCK))
     assert len(context) <= budget
     assert report.expands >= 1
+
+
+def test_balanced_scores_compare_the_same_and_are_even_over_blocks_and_gists() -> None:
+    context = WorkingContext.by_age(5000, BLOCK, 128, TAIL)
+    score = np.random.default_rng(0).uniform(0.2, 0.9, len(context))
+    even = balanced(score, context)
+    assert np.allclose(np.diff(even), np.diff(score))
+    old = context.starts < 5000 - BLOCK
+    gists = even[old & (context.lod > 0)]
+    blocks = even[old & (context.lod == 0)].reshape(-1, BLOCK).mean(1)
+    assert np.concatenate([gists, blocks]).mean() == pytest.approx(0, abs=1e-12)
+    only_tail = WorkingContext.by_age(BLOCK, BLOCK, 128, TAIL)
+    assert np.array_equal(balanced(score[:BLOCK], only_tail), score[:BLOCK])
 
 
 def test_what_is_not_asked_for_makes_room() -> None:
