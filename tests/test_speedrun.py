@@ -78,9 +78,10 @@ def test_the_model_of_the_run_loads_and_talks(finished: Path) -> None:
 
 
 def test_the_pipeline_with_a_memory(finished: Path) -> None:
-    """A finished run is given a memory, without Ray: trained on, asked for facts, and talked to in a session."""
+    """`make speedrun ARGS="--run memory --mc …"` without Ray: trained, asked for facts, and talked to in a session. And
+    `--init_from`: the run without a memory is given one."""
     memory = [*TINY, "--run", "memory", "--max_seq_len", "256", "--num_iterations", "6", "--launcher", "local",
-              "--mc", "--init_from", str(finished / "runs" / "mine"), "--mc_recall_share", "0.3"]  # fmt: skip
+              "--mc", "--token_shift", "1", "--mc_recall_share", "0.3"]  # fmt: skip
     done = run([sys.executable, "jobs/speedrun.py", *memory], finished)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     run_dir = finished / "runs" / "memory"
@@ -98,6 +99,13 @@ def test_the_pipeline_with_a_memory(finished: Path) -> None:
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr[-3000:]
     assert {"window", "ours", "oracle"} <= set(json.loads((finished / "recall.json").read_text())["methods"])
+    grown = [*memory, "--run", "grown", "--num_iterations", "2", "--init_from", str(finished / "runs" / "mine")]
+    done = run([sys.executable, "jobs/base_train.py", *grown], finished)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    model, tokenizer = mc.load(str(finished / "runs" / "grown"))
+    assert model.memory is not None
+    assert not model.config.token_shift  # as in the model that it was
+    assert tokenizer.digest == mc.load(str(finished / "runs" / "mine"))[1].digest
 
 
 def test_other_settings_under_the_same_name_are_refused(finished: Path) -> None:
