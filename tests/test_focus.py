@@ -135,7 +135,7 @@ def test_of_blocks_that_match_alike_the_newest_is_the_likeliest() -> None:
 
 def test_a_slightly_better_match_does_not_outweigh_a_newer_one() -> None:
     model = make()
-    block, match, others = np.array([111, 40, 300, 500]), np.array([8.0, 7.9, 7.8, 5.0]), np.array([1.0])
+    block, match, others = np.array([111, 40, 300, 500]), np.array([8.0, 7.95, 7.9, 5.0]), np.array([1.0])
     scorer = LensScorer(
         model, tree_of(model, needle(5000, 40)), TAIL, find=lambda _: Found(block, match, others, 1, True)
     )

@@ -19,7 +19,7 @@ from megacontext.model.router import QUERY_TOKENS
 F64 = npt.NDArray[np.float64]
 TOP_K = 8  # blocks that may answer a query
 MAX_VISITS = 256  # nodes opened by a search: bounds a refocus at any length of history
-ALIKE = 0.97  # share of the best match from which on blocks count as saying the same, the newest as its last word
+ALIKE = 0.98  # share of the best match from which on blocks count as saying the same, the newest as its last word
 NEWER = math.log(10.0)  # by how much the logit of such a block is above that of the one before it
 SCARCITY = 0.5  # how much worse off is what was not asked for, when something is asked for with certainty
 
