@@ -20,7 +20,7 @@ speedrun: $(STAMP) ## train a small model from text to report card: on this mach
 	@$(BIN)/python -m jobs.submit -- python jobs/speedrun.py $(ARGS)
 
 test: lint types $(STAMP) ## lint, formatting, types and all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(if $(ARGS),-m pytest $(ARGS),tests/side_by_side.py)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
