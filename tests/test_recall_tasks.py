@@ -273,18 +273,3 @@ def test_what_has_no_room_is_refused() -> None:
     for mix in ({}, {"niah": 0.0}, {"niah": -1.0, "vt": 2.0}, {"needle": 1.0}):
         with pytest.raises(UserError, match="mix of recall tasks"):
             recall_rows(rng, WORDS, 1, 600, mix=mix)
-
-
-def test_half_of_the_training_rows_have_keys_that_share_words() -> None:
-    """Their second words are few, so that finding one of them is not finding the fact; keys of evaluation are drawn from all."""
-
-    def sharing(rows: np.ndarray) -> np.ndarray:
-        keys = [[key for _, key, _ in Reader(ids, WORDS).facts] for ids in rows]
-        return np.array([1 - len({second for _, second in row}) / len(row) for row in keys])
-
-    rows = recall_rows(np.random.default_rng(0), WORDS, 400, 1025, mix={"mk_niah": 1}, again=True).ids
-    shared = sharing(rows)
-    assert 0.4 < np.mean(shared > 0.4) < 0.6
-    assert np.mean((shared > 0.15) & (shared < 0.4)) < 0.1
-    items = list(recall_items("mk_niah", WORDS, 1025, 50, 0))
-    assert sharing(np.stack([item.ids for item in items])).mean() < 0.15

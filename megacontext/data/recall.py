@@ -9,13 +9,11 @@ the synthetic ones of RULER (arXiv:2404.06654), MQAR (arXiv:2312.04927) and phon
     mk_niah    a fact in every other block             update     as mk_niah, and the key is given three values: the last counts
     phonebook  full blocks of facts, every other one   vt         as mk_niah, and the value is two links away: c is b, b is a, a is 7
 
-Every second key belongs to evaluation and is never in a training row. In every other training row few words make up all
-keys, so that most share a word with another and only both together tell them apart. B rows, F facts, Q questions, r block size.
+Every second key belongs to evaluation and is never in a training row. B rows, F facts, Q questions, r block size.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -135,7 +133,7 @@ class _Plan:
         facts = _Facts(
             block=block,
             offset=offset,
-            key=self._keys(rng, *block.shape),
+            key=rng.permuted(_distinct(rng, rows, block.shape[1], self.words.num_keys), axis=1),
             value=value,
             link=np.zeros(block.shape, bool),
             answer=value.copy(),
@@ -146,21 +144,6 @@ class _Plan:
         if self.task in ("update", "vt"):
             self._relate(facts, rng)
         return facts
-
-    def _keys(self, rng: np.random.Generator, rows: int, count: int) -> I64:
-        """Distinct keys [B, F] in a random order."""
-        keys = rng.permuted(_distinct(rng, rows, count, self.words.num_keys), axis=1)
-        words = math.isqrt(2 * count - 1) + 1  # a grid of about twice as many pairs as are needed
-        if self.held_out or words > len(self.words.keys) // 2:
-            return keys
-        pair = rng.permuted(_distinct(rng, rows, count, words * words), axis=1)
-        first, second = (_distinct(rng, rows, words, len(self.words.keys) // 2) for _ in range(2))
-        alike = self.words.key_of(
-            np.take_along_axis(first, pair // words, 1),
-            np.take_along_axis(second, pair % words, 1),
-            rng.integers(0, 2, (rows, 1)),
-        )
-        return np.where(rng.random((rows, 1)) < 0.5, keys, alike)
 
     def _places(self, rng: np.random.Generator, rows: int) -> tuple[I64, I64]:
         """Blocks and offsets [B, F] of the facts, oldest first."""

@@ -81,12 +81,6 @@ class WordList:
         ids: I64 = self.keys[np.stack([first, second], -1)]
         return ids
 
-    def key_of(self, first: I64, second: I64, odd: I64) -> I64:
-        """Keys of words `2·first + odd` and, among the half of the words that goes with these, `second`; each below n / 2.
-        Keys of one `odd` and `second` share their second word."""
-        key: I64 = (2 * first + odd) * (len(self.keys) // 2) + second
-        return key
-
     def fact(self, key: I64, value: I64, *, held_out: bool) -> I64:
         """Ids [n, 5] of facts: keys [n] and numbers of value words [n]."""
         return self._row(self.tell, self.key_ids(key, held_out=held_out), self.values[value][:, None], self.end)
