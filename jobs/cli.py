@@ -135,7 +135,7 @@ def paths(args: Args) -> Paths:
         base_dir=base,
         data_dir=args.data.data_dir or storage.join(base, "data", source),
         tokenizer_dir=tokenizer_dir,
-        tokens_dir=storage.join(base, "tokens", name + (f"-min{shortest}" if shortest > 0 else "")),
+        tokens_dir=storage.join(base, "tokens", name + (f"-min{shortest}" if shortest else "")),
         run_dir=run_dir,
         checkpoints_dir=storage.join(run_dir, "checkpoints"),
         start_dir=start_dir,

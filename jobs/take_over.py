@@ -6,7 +6,9 @@ continues when the model it came from is gone, and all its workers read the same
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from dataclasses import asdict, replace
 
 import megacontext as mc
@@ -28,6 +30,9 @@ def take_over(args: cli.Args) -> str | None:
         return None
     directory = cli.paths(args).start_dir
     known = latest_checkpoint(directory, STAGE)
+    while known is None and os.environ.get("RANK", "0") != "0":  # under torchrun the first process makes it for all
+        time.sleep(0.2)
+        known = latest_checkpoint(directory, STAGE, warn=lambda _: None)  # what is half written is not damaged
     if known is None:
         return _copy(source, directory)
     before = read_meta(known)["source"]
@@ -56,10 +61,10 @@ def _copy(source: str, directory: str) -> str:
         writer.close()
     made = latest_checkpoint(directory, STAGE)
     assert made is not None
-    shape = model.config
+    size = model.config
     print(
-        f"--init_from: weights, tokenizer and shape of {source} (depth {shape.n_layer}, width {shape.n_embd}, "
-        f"{shape.vocab_size} tokens) are the start of this run",
+        f"--init_from: weights, tokenizer and shape of {source} (depth {size.n_layer}, width {size.n_embd}, "
+        f"{size.vocab_size} tokens) are the start of this run",
         flush=True,
     )
     return made

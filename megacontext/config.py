@@ -127,10 +127,16 @@ class DataConfig:
     tok_max_chars: int = flag(2_000_000_000, "characters of text the tokenizer is trained on at most")
     tok_doc_cap: int = flag(10_000, "characters taken of one document when training the tokenizer")
     min_doc_chars: int = flag(
-        0, "characters below which a training document is left out; long ones teach a model to look far back"
+        0, "characters below which a training document is left out; only long ones have far context to learn from"
     )
     max_seq_len: int = flag(2048, "tokens of a training row, T; shards hold rows of T+1")
     verify_shards: int = flag(1, "check every token shard's checksum before training (0 or 1)")
+
+    def __post_init__(self) -> None:
+        if self.min_doc_chars < 0:
+            raise UserError(
+                f"--min_doc_chars is {self.min_doc_chars}; it must be at least 0, which keeps every document."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from jobs import cli, prepare_data
 from megacontext.data import binarize, parquet
 from megacontext.data.shards import Manifest, ShardSet
 from megacontext.data.tokenizer import Tokenizer
-from megacontext.errors import DataError, StorageError
+from megacontext.errors import DataError, StorageError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = re.findall(
@@ -167,6 +167,8 @@ def test_short_documents_can_be_left_out(tmp_path: Path, tokenizer: Tokenizer) -
     settings = {"tier": "cpu", "base_dir": str(tmp_path), "data_dir": str(tmp_path)}
     folders = {cli.paths(cli.resolve(settings | {"min_doc_chars": n})).tokens_dir for n in (0, 1000, 2000)}
     assert len(folders) == 3
+    with pytest.raises(UserError, match="--min_doc_chars is -1; it must be at least 0"):
+        cli.resolve(settings | {"min_doc_chars": -1})
 
 
 def test_threads_per_task() -> None:

@@ -21,6 +21,14 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("depth", "width", "heads"), [(2, 0, 2), (4, 0, 2), (4, 128, 2), (4, 192, 3), (4, 512, 4), (12, 0, 6), (20, 0, 10)]
+)
+def test_shape_by_depth(depth: int, width: int, heads: int) -> None:
+    config = GPTConfig.from_depth(depth, vocab_size=99, sequence_len=64, width=width)
+    assert (config.n_embd, config.n_head) == (width or 64 * depth, heads)
+
+
 def make(config: dict[str, int], seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
     """A model whose weights are all random: a fresh one has zero projections, and would hide mistakes."""
     model = GPT(GPTConfig(**config))

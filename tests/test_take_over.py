@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,25 @@ def test_a_run_starts_from_our_checkpoint_and_needs_it_only_once(tmp_path: Path)
     assert made.init_from == take_over(args)
     state = start_of(args)
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
+
+
+def test_under_torchrun_the_first_process_makes_the_copy_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path)
+    train_here(task)
+    args = arguments(tmp_path, task.run_dir)
+    monkeypatch.setenv("RANK", "1")
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(take_over, args)
+        time.sleep(0.5)
+        assert not second.done()
+        monkeypatch.setenv("RANK", "0")
+        try:
+            first = take_over(args)
+        finally:
+            pool.shutdown(wait=False)
+        assert second.result(timeout=60) == first
 
 
 def test_a_nanochat_model_gets_a_memory(tmp_path: Path) -> None:
