@@ -217,6 +217,10 @@ class MemoryConfig:
     allocator_sample_temperature: float = flag(1.0, "temperature of that draw")
     mc_num_random_variants: int = flag(4, "extra working contexts per sequence, N")
     mc_train_wc_length: int = flag(0, "entries of a variant at the end of training; 0 is a fifth of the sequence")
+    mc_start_wc_length: int = flag(
+        0,
+        "entries of a variant at its start; 0 is four fifths of the sequence. Short where a trained memory goes on learning",
+    )
     mc_max_counterfactuals: int = flag(0, "single edits measured per sequence for LensNet")
     mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks")
     mc_recall_answer_weight: float = flag(

@@ -20,7 +20,14 @@ from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective, node_table
 from megacontext.train.objective import next_token_loss
 from megacontext.train.recall_mix import RecallBatch, RecallMix
-from megacontext.train.step_plan import lens_tensors, route_tensors, row_emphasis, view_emphasis, view_tensors
+from megacontext.train.step_plan import (
+    kept_blocks,
+    lens_tensors,
+    route_tensors,
+    row_emphasis,
+    view_emphasis,
+    view_tensors,
+)
 from megacontext.train.throughput import Stopwatch
 from megacontext.train.views import (
     ViewSettings,
@@ -103,7 +110,8 @@ def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -
     loss_of(objective, batch)
     found = means(objective)
 
-    plan = draw_views(objective.settings, 5, batch.positions, 0.6).variants
+    views = objective.settings
+    plan = draw_views(views, 5, batch.positions, 0.6, kept_blocks(views, batch, views.entries(0.6))).variants
     with torch.no_grad():
         levels = [batch.inputs, *build_levels(batch.inputs, model.memory, 2)]
         raw_states = model.hidden(batch.inputs)
@@ -235,7 +243,8 @@ def test_the_lens_learns_what_raw_text_attends_to() -> None:
 def test_every_flag_of_training_has_an_effect(change: dict[str, float]) -> None:
     batch = RecallMix(0.5, 3, WORDS, T + 1, 8).mixed(new_batch(4))
     losses = []
-    for memory in (TASKS, replace(TASKS, **change)):
+    base = replace(TASKS, mc_num_random_variants=4)  # two of them drawn blindly, so that the lens has pairs to compare
+    for memory in (base, replace(base, **change)):
         objective = objective_of(new_model(memory))
         losses.append(loss_of(objective, batch).item())
     assert losses[0] != losses[1]

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.config import MemoryConfig
 from megacontext.context.invariants import check_working_context
+from megacontext.data.stream import Batch
 from megacontext.errors import UserError
 from megacontext.train.auto_batch import fitting_batch
+from megacontext.train.step_plan import kept_blocks
 from megacontext.train.views import (
     RowRandom,
     ViewSettings,
@@ -45,6 +48,8 @@ def test_the_curriculum_runs_from_four_fifths_to_a_fifth_over_the_whole_run() ->
         (MemoryConfig(mc=1), 33, "no whole block of 32"),
         (MemoryConfig(mc=1, mc_train_wc_length=90), 1024, "must lie between"),
         (MemoryConfig(mc=1, mc_train_wc_length=2000), 1024, "must lie between"),
+        (MemoryConfig(mc=1, mc_start_wc_length=1025), 1024, "--mc_start_wc_length 1025"),
+        (MemoryConfig(mc=1, mc_start_wc_length=200, mc_train_wc_length=300), 1024, "--mc_start_wc_length 200"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(config: MemoryConfig, tokens: int, message: str) -> None:
@@ -90,6 +95,33 @@ def test_evidence_stays_raw_in_every_second_variant() -> None:
     assert shown[:, ::2, 3].all()
     assert np.array_equal(shown[:, 1::2], blind[:, 1::2])
     assert not shown[:, 1::2, 3].all()
+
+
+def text(rows: int) -> Batch:
+    return Batch(torch.zeros((rows, T + 1), dtype=torch.int64), None, np.arange(rows), np.arange(rows))
+
+
+@pytest.mark.parametrize("progress", [0.3, 0.6, 1.0])
+def test_every_second_variant_of_text_shows_the_newest_blocks(progress: float) -> None:
+    views = ViewSettings.of(replace(MEMORY, mc_num_random_variants=4), T)
+    entries = views.entries(progress)
+    kept = kept_blocks(views, text(50), entries)
+    assert kept.sum(1).tolist() == [views.room(entries)] * 50
+    assert kept[:, -views.room(entries) :].all()
+    shown = raw_blocks(draw_views(views, 0, np.arange(50), progress, kept).variants, views.blocks).reshape(50, 4, -1)
+    assert shown.sum(2).max() <= views.room(entries)
+    assert shown[:, ::2][..., kept[0]].mean() > shown[:, 1::2][..., kept[0]].mean() + 0.1
+    assert progress < 1 or not shown[:, ::2][..., ~kept[0]].any()
+
+
+def test_the_only_variant_of_text_is_drawn_blindly() -> None:
+    views = ViewSettings.of(replace(MEMORY, mc_num_random_variants=1), T)
+    assert not kept_blocks(views, text(3), views.entries(0.5)).any()
+
+
+def test_a_run_may_start_with_short_variants() -> None:
+    views = ViewSettings.of(replace(MEMORY, mc_start_wc_length=120, mc_train_wc_length=100), 512)
+    assert [views.entries(progress) for progress in (0.0, 0.5, 1.0)] == [120, 110, 100]
 
 
 def test_single_expansions_are_the_coarsest_view_with_one_block_raw() -> None:

@@ -29,7 +29,7 @@ from megacontext.train.step_plan import (
     LensTensors,
     RouteTensors,
     ViewTensors,
-    evidence_blocks,
+    kept_blocks,
     lens_tensors,
     route_tensors,
     row_emphasis,
@@ -81,9 +81,9 @@ class MemoryObjective:
         Time spent on plans is marked "controller".
         """
         config, settings = self.config, self.settings
-        views = draw_views(
-            settings, self.seed, batch.positions, self.progress(self._step), evidence_blocks(settings, batch)
-        )
+        progress = self.progress(self._step)
+        kept = kept_blocks(settings, batch, settings.entries(progress))
+        views = draw_views(settings, self.seed, batch.positions, progress, kept)
         targets = batch.targets.numpy()
         variants = lens = None
         if settings.variants:

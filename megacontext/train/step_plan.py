@@ -184,14 +184,18 @@ def route_tensors(settings: ViewSettings, batch: Batch, device: torch.device) ->
     )
 
 
-def evidence_blocks(settings: ViewSettings, batch: Batch) -> Bool | None:
-    """[B, n]: blocks before the tail that questions of a row ask for; None for a micro-batch without questions."""
-    if not isinstance(batch, RecallBatch):
-        return None
-    found = np.zeros((len(batch.ids), settings.blocks), bool)
-    row, number = np.nonzero((batch.evidence_block >= 0) & (batch.evidence_block < settings.blocks))
-    found[row, batch.evidence_block[row, number]] = True
-    return found
+def kept_blocks(settings: ViewSettings, batch: Batch, entries: int) -> Bool:
+    """[B, n]: blocks before the tail that a good context would show raw, in variants of at most `entries` entries.
+
+    Of a row with questions those that hold the answers; of text the newest, as many as there is room for.
+    """
+    room = settings.room(entries) if settings.variants > 1 else 0  # an only variant of text is drawn blindly
+    kept = np.zeros((len(batch.positions), settings.blocks), bool)
+    kept[text_rows(batch), settings.blocks - room :] = True
+    if isinstance(batch, RecallBatch):
+        row, number = np.nonzero((batch.evidence_block >= 0) & (batch.evidence_block < settings.blocks))
+        kept[row, batch.evidence_block[row, number]] = True
+    return kept
 
 
 def row_emphasis(batch: Batch, weight: float) -> F32 | None:

@@ -50,8 +50,8 @@ class ViewSettings:
         """Settings for rows of T tokens.
 
         The tail is `allocator_recent_tokens`, but at most half of a variant at the end of training, so that a short
-        context still holds more than its tail. Raises UserError when a row has no whole block before the tail, or when
-        `mc_train_wc_length` is below the coarsest context.
+        context still holds more than its tail. Raises UserError when a row has no whole block before the tail, when
+        `mc_train_wc_length` is below the coarsest context, or `mc_start_wc_length` below that or above T.
         """
         last = config.mc_train_wc_length or int(END_SHARE * tokens)
         tail = max(2, min(config.allocator_recent_tokens, last // 2))
@@ -68,7 +68,12 @@ class ViewSettings:
             )
         if not config.mc_train_wc_length:
             last = max(last, min(tokens, least + config.block_size - 1))  # room to expand one block, or nothing differs
-        first = max(last, int(START_SHARE * tokens))
+        first = config.mc_start_wc_length or max(last, int(START_SHARE * tokens))
+        if not last <= first <= tokens:
+            raise UserError(
+                f"--mc_start_wc_length {first} entries must lie between {last}, where the curriculum ends, and the {tokens} "
+                "tokens of a row, which are all there is to show."
+            )
         return cls(tokens, config.block_size, config.max_lod, config.mc_num_random_variants, tail, first, last)
 
     @property
@@ -91,6 +96,11 @@ class ViewSettings:
         collapses = -(-max(0, self.tokens - entries) // (self.block_size - 1))
         return self.tokens - collapses * (self.block_size - 1)
 
+    def room(self, entries: int) -> int:
+        """Most blocks before the tail that a view of at most so many entries can show raw."""
+        least = smallest_budget(self.tokens, self.block_size, self.tail, self.max_lod)
+        return min(self.blocks, max(0, entries - least) // (self.block_size - 1))
+
     def entries(self, progress: float) -> int:
         """Most entries of a variant when a share `progress` of the whole run is done: a straight line."""
         return round(self.first_entries + min(max(progress, 0.0), 1.0) * (self.last_entries - self.first_entries))
@@ -106,17 +116,17 @@ class StepViews:
 
 
 def draw_views(
-    settings: ViewSettings, seed: int, positions: I64, progress: float, evidence: Bool | None = None
+    settings: ViewSettings, seed: int, positions: I64, progress: float, kept: Bool | None = None
 ) -> StepViews:
     """The views of rows at global positions [B]. All variants of a step have the same number of entries.
 
-    `evidence` [B, n]: blocks that questions of a row ask for. Every second variant shows as many of them raw as it has
-    room for, as a context does whose lens is right; the others are drawn blindly.
+    `kept` [B, n]: blocks that a good context of the row shows raw. Every second variant shows as many of them raw as it
+    has room for, as a context does whose lens is right; the others are drawn blindly.
     """
     rows = np.arange(len(positions))
     owner = np.repeat(rows, settings.variants)
     number = np.tile(np.arange(settings.variants), len(positions))
-    keep = None if evidence is None else evidence[owner] & (number % 2 == 0)[:, None]
+    keep = None if kept is None else kept[owner] & (number % 2 == 0)[:, None]
     variants = _sample(settings, settings.tokens, settings.entries(progress), settings.tail, owner,
                        RowRandom(seed, positions[owner], number), keep)  # fmt: skip
     ahead = settings.horizon
