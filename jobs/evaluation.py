@@ -29,10 +29,15 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def add_documents(made: argparse.ArgumentParser) -> None:
+def add_documents(made: argparse.ArgumentParser, required: bool = True) -> None:
     """Flags of evaluations over windows of long documents."""
     add = made.add_argument
-    add("--docs", required=True, help=".txt, .md or .parquet file with long documents, or a folder of them; or a URI")
+    add(
+        "--docs",
+        required=required,
+        default="",
+        help=".txt, .md or .parquet file with long documents, or a folder of them; or a URI",
+    )
     add("--horizon", type=int, default=32, help="tokens that are predicted after the history, H [default 32]")
     add("--windows", type=int, default=32, help="windows over the documents, K [default 32]")
     add("--tail", type=int, default=0, help="newest tokens that stay raw [default: as a session's]")

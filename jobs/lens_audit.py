@@ -3,7 +3,9 @@
     python jobs/lens_audit.py --checkpoint runs/mine --docs books/ --budget 256 --history 4096 --json out/lens.json
 
 Every gist of a working context is expanded by itself, and the loss of the raw tail and of the tokens ahead is measured
-before and after. Documents are .txt, .md or .parquet files with a `text` column that the model was not trained on.
+before and after. Documents are .txt, .md or .parquet files with a `text` column that the model was not trained on. With
+`--task mk_niah` in place of `--docs` histories are recall tasks: each is asked four questions, what follows is the
+answer, and the other query is another question about the same history.
 """
 
 from __future__ import annotations
@@ -21,21 +23,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs import evaluation
+from jobs.recall_eval import haystack_ids
 from megacontext import storage
+from megacontext.data.recall import TASKS, recall_items
+from megacontext.data.recall_words import WordList
+from megacontext.data.tokenizer import Tokenizer
+from megacontext.errors import UserError
 from megacontext.eval.bootstrap import Interval
-from megacontext.eval.lens_audit import Audit, audit
-from megacontext.eval.windows import read_long_documents, sample_windows
+from megacontext.eval.lens_audit import Audit, audit, next_question
+from megacontext.eval.windows import Windows, question_windows, read_long_documents, sample_windows
 from megacontext.inference.session_options import resolve_options
+from megacontext.model.gpt import GPT
 from megacontext.telemetry import provenance, report
 
 STAGE = "lens_audit"
-FIGURES = ("corr_ahead", "corr_tail", "corr_other_query", "picked", "change", "corr_queries")
+_QUESTIONS = 4  # about a history
+FIGURES = ("corr_ahead", "corr_tail", "corr_other_query", "picked", "picked_other", "change", "corr_queries")
 _HEAD = (
     "scores of",
     "rank corr. ahead",
     "on the tail",
     "by another query",
     "gain of the first",
+    "by another query",
     "|Δscore|",
     "corr. of two queries",
 )
@@ -43,8 +53,9 @@ _HEAD = (
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = evaluation.parser(__doc__)
-    evaluation.add_documents(parser)
+    evaluation.add_documents(parser, required=False)
     add = parser.add_argument
+    add("--task", default="", choices=("", *TASKS), help="recall task to audit on instead of documents [default: none]")
     add("--history", type=int, default=0, help="tokens of a history, N [default: 4 budgets]")
     return parser.parse_args(argv)
 
@@ -59,14 +70,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     budget = args.budget or model.config.sequence_len
     tail = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None}).recent_tokens
     history = args.history or 4 * budget
-    documents = read_long_documents(args.docs)
-    windows = sample_windows(documents, tokenizer, history, args.horizon, args.windows, args.seed)
+    if bool(args.docs) == bool(args.task):
+        raise UserError("an audit needs either --docs, long documents, or --task, a recall task; give one of the two.")
+    windows = questions(args, model, tokenizer, history, budget) if args.task else sample_windows(
+        read_long_documents(args.docs), tokenizer, history, args.horizon, args.windows, args.seed
+    )  # fmt: skip
     config = {
-        "checkpoint": args.checkpoint, "docs": args.docs, "budget": budget, "history": history, "tail": tail,
-        "horizon": args.horizon, "windows": len(windows), "seed": args.seed, "device": str(device),
+        "checkpoint": args.checkpoint, "docs": args.docs, "task": args.task, "budget": budget, "history": history, "tail": tail,
+        "horizon": windows.horizon, "windows": len(windows), "seed": args.seed, "device": str(device),
     }  # fmt: skip
     print(" ".join(f"{key}={value}" for key, value in config.items()), flush=True)
-    found = audit(model, windows, budget=budget, tail=tail, seed=args.seed)
+    foreign = next_question(windows) if args.task else None
+    found = audit(model, windows, budget=budget, tail=tail, foreign=foreign, seed=args.seed)
     result = {
         "config": config,
         "gists": found.gists,
@@ -89,6 +104,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report.write_stage(run_dir, STAGE, result["seconds"], 0.0, known, {f"{STAGE}/table": text})
         print(f"in the next report of {run_dir}", flush=True)
     return result
+
+
+def questions(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, history: int, budget: int) -> Windows:
+    """`--windows` histories of a recall task, whose facts lie before the newest `budget` tokens, with four questions each."""
+    if model.memory is None:
+        raise UserError("the checkpoint has no memory, so there is no lens to audit; train one with --mc 1.")
+    words = WordList.from_tokenizer(tokenizer)
+    items = recall_items(
+        args.task, words, history, args.windows, args.seed, block_size=model.memory.block_size, recent_tokens=budget,
+        haystack=haystack_ids("", tokenizer, history), questions=_QUESTIONS,
+    )  # fmt: skip
+    return question_windows(list(items), tokenizer.bos_id)
 
 
 def table(found: Audit) -> str:

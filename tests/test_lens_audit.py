@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,13 @@ def test_audit_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(row.corr_other_query.value)  # constant scores have no order
 
 
-def test_the_other_query_is_of_another_document() -> None:
+def test_the_other_query_is_of_another_document_or_the_next_about_the_same() -> None:
     windows = make_windows()
-    assert np.array_equal(lens_audit._other_tail(windows, 0, TAIL), windows.history(2)[-TAIL:])  # 1 is of the same one
-    assert np.array_equal(lens_audit._other_tail(windows, 3, TAIL), windows.history(0)[-TAIL:])
+    assert windows.document.tolist() == [0, 0, 1, 1]
+    assert lens_audit._elsewhere(windows) == [2, 2, 0, 0]
+    assert lens_audit.next_question(windows) == [1, 0, 3, 2]
+    alone = replace(windows, document=np.zeros(4, np.int64))
+    assert lens_audit._elsewhere(alone) == [1, 2, 3, 0]
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megacontext as mc
-from jobs import recall_eval, recall_ladder
+from jobs import lens_audit, recall_eval, recall_ladder
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.parquet import encode_texts
 from megacontext.data.recall import recall_items
@@ -174,6 +174,20 @@ def test_the_job_writes_what_it_prints(
     for name, row in rows.items():
         assert any(line.split()[:2] == [name, f"{100 * row['accuracy']:.1f}"] for line in printed.splitlines())
     assert "item 3/3" in printed
+
+
+def test_the_lens_is_audited_on_a_recall_task(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "audit.json"
+    flags = ["--checkpoint", str(folder / "ours"), "--history", "300", "--tail", "12", "--device", "cpu"]
+    lens_audit.main([*flags, "--task", "mk_niah", "--windows", "2", "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["config"]["windows"] == 8  # two histories, four questions each
+    assert result["config"]["horizon"] == 1
+    assert result["best"]["value"] >= result["rows"][0]["picked"]["value"] >= -result["best"]["value"]
+    assert result["rows"][0]["picked"] != result["rows"][0]["picked_other"]
+    for both in ([], ["--task", "niah", "--docs", str(folder / "text.txt")]):
+        with pytest.raises(SystemExit, match="either --docs, long documents, or --task"):
+            lens_audit.main([*flags, *both])
 
 
 def test_the_job_on_a_vanilla_model_and_its_own_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ import pytest
 from tiny import make_tokenizer
 
 from megacontext.data.parquet import encode_texts
+from megacontext.data.recall import RecallItem, RecallQuestion
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import DataError, UserError
-from megacontext.eval.windows import LongDocument, read_long_documents, sample_windows
+from megacontext.eval.windows import LongDocument, question_windows, read_long_documents, sample_windows
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "runs", "away", "from", "old", "house"]
 
@@ -90,3 +91,17 @@ def test_too_little_text_is_a_data_error(tokenizer: Tokenizer) -> None:
         sample_windows([LongDocument("d", "too short")], tokenizer, 129, 16, 1)
     with pytest.raises(UserError, match="horizon 0"):
         sample_windows([], tokenizer, 129, 0, 1)
+
+
+def test_questions_are_windows_that_end_with_the_question() -> None:
+    def question(number: int) -> RecallQuestion:
+        return RecallQuestion(np.array([7, number, number]), np.array([10 + number]), (4,), 20)
+
+    items = [RecallItem(np.arange(20) + n, tuple(question(k) for k in range(n + 1))) for n in range(2)]
+    windows = question_windows(items, bos=99)
+    assert (len(windows), windows.horizon, windows.history_tokens) == (3, 1, 23)
+    assert windows.document.tolist() == [0, 1, 1]
+    assert windows.history(2).tolist() == [99, *range(2, 21), 7, 1, 1]
+    assert windows.continuation(2).tolist() == [11]
+    with pytest.raises(UserError, match="no questions"):
+        question_windows([RecallItem(np.arange(20), ())], bos=99)

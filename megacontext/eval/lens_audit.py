@@ -8,7 +8,7 @@ one batch. Beside that: how scores of the same old entries change when the tail,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,6 @@ from megacontext.eval.windows import Windows
 from megacontext.inference.focus import LensScorer
 from megacontext.model.gpt import GPT
 
-I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 SCORERS: Mapping[str, tuple[bool, bool]] = {  # whether LensNet and the search take part
     "ours": (True, True),
@@ -42,6 +41,7 @@ class AuditRow:
     corr_ahead: Interval  # Spearman with the utilities on the tokens ahead
     corr_other_query: Interval  # Spearman of the scores under another tail with the utilities ahead under this one
     picked: Interval  # utility ahead of the entry scored highest, nats per token
+    picked_other: Interval  # utility ahead, under this tail, of the entry scored highest under the other
     change: Interval  # mean |difference| of the scores of old entries under two tails
     corr_queries: Interval  # Spearman between the scores of old entries under two tails
 
@@ -63,18 +63,21 @@ def audit(
     *,
     budget: int,
     tail: int,
+    foreign: Sequence[int] | None = None,
     scorers: Mapping[str, tuple[bool, bool]] = SCORERS,
     seed: int = 0,
 ) -> Audit:
     """Audit the lens on contexts by age that leave room for one expansion, so that nothing exceeds `budget` entries.
 
-    `tail` raw tokens are the query. The other query is the tail of the next window of another document, if there is one.
+    `tail` raw tokens are the query. The other query of a window is the tail of window `foreign[window]`, unless given of
+    the next one of another document.
     Raises UserError when the model has no memory, or a history has nothing to expand.
     """
     if model.memory is None:
         raise UserError("the checkpoint has no memory, so there is no lens to audit; train one with --mc 1.")
     if not 1 < tail < windows.history_tokens:
         raise UserError(f"a tail of {tail} tokens does not fit a history of {windows.history_tokens}; use 2 or more.")
+    others = _elsewhere(windows) if foreign is None else list(foreign)
     columns: dict[str, list[list[float]]] = {name: [] for name in scorers}
     best, mean, gists = [], [], []
     for window in range(len(windows)):
@@ -82,7 +85,7 @@ def audit(
         shared = Tree(model.memory)
         shared.append(own[:-tail])
         trees = [Tree(model.memory, BranchStore(shared.store)) for _ in range(2)]
-        for tree, query in zip(trees, (own[-tail:], _other_tail(windows, window, tail)), strict=True):
+        for tree, query in zip(trees, (own[-tail:], windows.history(others[window])[-tail:]), strict=True):
             tree.append(query)
         context = WorkingContext.by_age(len(own), model.memory.block_size, budget - model.memory.block_size + 1, tail)
         found = entry_utilities(model, trees[0], context, windows.continuation(window), tail)
@@ -97,13 +100,14 @@ def audit(
         old = np.flatnonzero(context.starts + context.spans <= len(own) - tail)
         for name, (lens, route) in scorers.items():
             scores = [LensScorer(model, tree, tail, lens=lens, route=route)(context) for tree in trees]
-            mine, foreign = scores[0][found.item], scores[1][found.item]
+            mine, theirs = scores[0][found.item], scores[1][found.item]
             columns[name].append(
                 [
                     spearman(mine, found.tail),
                     spearman(mine, found.ahead),
-                    spearman(foreign, found.ahead),
+                    spearman(theirs, found.ahead),
                     float(found.ahead[np.argmax(mine)]),
+                    float(found.ahead[np.argmax(theirs)]),
                     float(np.abs(scores[0][old] - scores[1][old]).mean()),
                     spearman(scores[0][old], scores[1][old]),
                 ]
@@ -131,8 +135,14 @@ def ranks(values: F64) -> F64:
     return mean
 
 
-def _other_tail(windows: Windows, window: int, tail: int) -> I64:
-    """The tail of the next window, of another document where there is one."""
-    order = (window + 1 + np.arange(len(windows))) % len(windows)
-    elsewhere = [k for k in order.tolist() if windows.document[k] != windows.document[window]]
-    return windows.history((elsewhere or order.tolist())[0])[-tail:]
+def next_question(windows: Windows) -> list[int]:
+    """Of each window the next one of the same document, the first after the last: another question to one history."""
+    own = [np.flatnonzero(windows.document == document) for document in windows.document]
+    return [int(same[(np.flatnonzero(same == k)[0] + 1) % len(same)]) for k, same in enumerate(own)]
+
+
+def _elsewhere(windows: Windows) -> list[int]:
+    """Of each window the next one of another document, where there is one."""
+    count, document = len(windows), windows.document
+    order = [(k + 1 + np.arange(count)) % count for k in range(count)]
+    return [int(next((at for at in after if document[at] != document[k]), after[0])) for k, after in enumerate(order)]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from megacontext import storage
 from megacontext.data import parquet
+from megacontext.data.recall import RecallItem
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import DataError, UserError
 
@@ -114,6 +115,21 @@ def sample_windows(
             owners.append(number)
     names = tuple(document.name for document in long_enough)
     return Windows(np.stack(rows), np.array(owners, np.int64), names, horizon, tokenizer.bos_id)
+
+
+def question_windows(items: Sequence[RecallItem], bos: int) -> Windows:
+    """Every question of recall items as a window of its own: the history ends with the question, its answer follows.
+
+    Items are the documents. The BOS takes the place of an item's first token, so that no block is shifted. Raises
+    UserError when there are no questions.
+    """
+    if not any(item.questions for item in items):
+        raise UserError("there are no questions to make windows of; ask for at least one history with one question.")
+    rows = [np.concatenate([item.ids[1:], asked.ids, asked.answer]) for item in items for asked in item.questions]
+    owners = np.repeat(np.arange(len(items)), [len(item.questions) for item in items])
+    names = tuple(f"history {number}" for number in range(len(items)))
+    horizon = next(len(asked.answer) for item in items for asked in item.questions)
+    return Windows(np.stack(rows), owners, names, horizon, bos)
 
 
 def _even_shares(room: I64, count: int, order: I64) -> I64:
