@@ -35,6 +35,9 @@ _ASKED = {"mqar": 8}  # questions of an evaluation item; one of the other tasks
 _VALUES = 3  # assignments of an update, and links of a chain
 _NEVER = np.iinfo(np.int64).max
 _FACTS_ASKED = 8  # facts at most that a training row is about, besides those asked for in its middle
+_ALIKE_ROWS = (
+    0.25  # rows whose keys share second words: without, a reader goes by them alone; in all rows it learns late
+)
 _BLOCKS_TO_INTERLEAVE = 6  # shorter rows have questions at their end alone
 
 
@@ -133,7 +136,7 @@ class _Plan:
         facts = _Facts(
             block=block,
             offset=offset,
-            key=rng.permuted(_distinct(rng, rows, block.shape[1], self.words.num_keys), axis=1),
+            key=self._keys(rng, rows, block.shape[1]),
             value=value,
             link=np.zeros(block.shape, bool),
             answer=value.copy(),
@@ -144,6 +147,19 @@ class _Plan:
         if self.task in ("update", "vt"):
             self._relate(facts, rng)
         return facts
+
+    def _keys(self, rng: np.random.Generator, rows: int, count: int) -> I64:
+        """Keys [B, F], all different in a row; in a share of the training rows many differ by their first words alone."""
+        words = len(self.words.keys)
+        keys = rng.permuted(_distinct(rng, rows, count, self.words.num_keys), axis=1)
+        if self.held_out or count > words:
+            return keys
+        first = rng.permuted(_distinct(rng, rows, count, words), axis=1)
+        few = rng.integers(
+            0, words // 2, (rows, max(1, count // 4))
+        )  # a key's number names its second word up to parity
+        alike = first * (words // 2) + np.take_along_axis(few, rng.integers(0, few.shape[1], (rows, count)), 1)
+        return np.where(rng.random((rows, 1)) < _ALIKE_ROWS, alike, keys)
 
     def _places(self, rng: np.random.Generator, rows: int) -> tuple[I64, I64]:
         """Blocks and offsets [B, F] of the facts, oldest first."""
