@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(args, model)
     settings.check(args.horizon)
     histories = sorted(set(args.history or [4 * settings.budget]))
+    check_room(model, settings, histories[-1], args.horizon)
     windows = sample_windows(
         read_long_documents(args.docs), tokenizer, histories[-1], args.horizon, args.windows, args.seed
     )
@@ -121,7 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def settings_of(args: argparse.Namespace, model: GPT) -> memory.Settings:
     """Settings with the model's defaults filled in. Raises UserError for methods that the model lacks."""
     budget = args.budget or model.config.sequence_len
-    options = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None})
+    asked = {"budget": budget, "recent_tokens": args.tail or None}
+    options = resolve_options(model, asked if model.memory is not None else asked | {"block_size": args.block_size})
     trained = model.config.sequence_len
     full = args.full_tokens or (trained if trained > budget else 4 * budget)
     if args.windows < 1 or args.timing_windows < 0 or args.substitution_windows < 0 or args.oracle_blocks < 0:
@@ -141,6 +143,20 @@ def settings_of(args: argparse.Namespace, model: GPT) -> memory.Settings:
     )  # fmt: skip
 
 
+def check_room(model: GPT, settings: memory.Settings, history: int, horizon: int) -> None:
+    """Raise UserError unless every shorter history fits, too: timing and timeline read the text piece by piece, and would
+    fail when all else is measured."""
+    asked = {"budget": settings.budget, "recent_tokens": settings.tail, "block_size": settings.block_size}
+    options = resolve_options(model, asked)
+    needed = options.entries_needed(history) + 1 + horizon
+    if needed > settings.budget:
+        raise UserError(
+            f"--budget {settings.budget} is too small for histories of up to {history} tokens: a raw tail of {settings.tail}, "
+            f"the coarsest nodes before it, a new token and {horizon} to predict can take {needed} entries. Raise --budget, "
+            "or lower --tail or --horizon."
+        )
+
+
 def timeline(
     model: GPT, tokenizer: Tokenizer, windows: Windows, settings: memory.Settings
 ) -> tuple[FocusLog, dict[str, float]]:
@@ -149,7 +165,7 @@ def timeline(
     with otel.from_environment(stage=STAGE) as telemetry:
         log = FocusLog(telemetry)
         with mc.Session(
-            model, tokenizer, settings.budget, recent_tokens=settings.tail, on_refocus=log
+            model, tokenizer, settings.budget, recent_tokens=settings.tail, block_size=settings.block_size, on_refocus=log
         ) as session, telemetry.span("memory_eval_timeline", tokens=len(ids)):  # fmt: skip
             for piece in np.array_split(ids, min(_TIMELINE_REFOCUSES, len(ids))):
                 session.append(piece)

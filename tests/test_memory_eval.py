@@ -253,8 +253,22 @@ def test_the_run_of_a_checkpoint(tmp_path: Path, path: str) -> None:
     assert report.run_of_checkpoint(str(tmp_path / "base_checkpoints" / "d1")) is None
 
 
+def test_a_model_without_a_memory_takes_blocks_of_any_size(tmp_path: Path) -> None:
+    run_dir, out = save_run(tmp_path, memory=False), tmp_path / "memory.json"
+    flags = ["--checkpoint", str(run_dir), "--docs", str(tmp_path / "book.txt"), "--device", "cpu", "--json", str(out)]
+    entries = []
+    for block_size in ("4", "8"):
+        memory_eval.main([*flags, "--budget", "48", "--tail", "8", "--history", "128", "--horizon", "8", "--windows", "2",
+                          "--methods", "mean_age", "--block_size", block_size, "--timing_windows", "0"])  # fmt: skip
+        result = json.loads(out.read_text())
+        assert result["config"]["block_size"] == int(block_size)
+        entries.append(next(row["entries"] for row in result["rows"] if row["method"] == "mean_age"))
+    assert entries[0] != entries[1]
+
+
 def test_bad_requests_of_the_job(tmp_path: Path) -> None:
-    flags = ["--checkpoint", str(save_run(tmp_path, memory=False)), "--device", "cpu", "--budget", "48"]
+    flags = ["--checkpoint", str(save_run(tmp_path, memory=False)), "--device", "cpu", "--budget", "48",
+             "--block_size", "8", "--horizon", "8"]  # fmt: skip
     with pytest.raises(SystemExit, match=r"DataError: --docs .* does not exist"):
         memory_eval.main([*flags, "--docs", str(tmp_path / "none")])
     (tmp_path / "short.txt").write_text("too short")
@@ -264,6 +278,10 @@ def test_bad_requests_of_the_job(tmp_path: Path) -> None:
         memory_eval.main([*flags, "--docs", "x", "--methods", "ours"])
     with pytest.raises(SystemExit, match="--oracle_blocks is 0"):
         memory_eval.main([*flags, "--docs", "x", "--methods", "oracle", "--oracle_blocks", "0"])
+    with pytest.raises(
+        SystemExit, match=r"--budget 48 is too small for histories of up to 600 tokens: a raw tail of 30"
+    ):
+        memory_eval.main([*flags, "--docs", "x", "--history", "600", "--tail", "30"])
     with pytest.raises(SystemExit) as unknown:
         memory_eval.main([*flags, "--doc", "x"])
     assert unknown.value.code == 2

@@ -279,19 +279,8 @@ def recall_rows(
     plans = []
     for task in weights:
         stride = 1 if task in ("update", "vt") else 2  # these have three facts to a question
-        plans.append(
-            _Plan(
-                task,
-                words,
-                blocks,
-                block_size,
-                middle + min(at_end, _FACTS_ASKED),
-                min(pairs, blocks),
-                stride,
-                held_out=False,
-                alike=alike,
-            )
-        )
+        asked = middle + min(at_end, _FACTS_ASKED)
+        plans.append(_Plan(task, words, blocks, block_size, asked, min(pairs, blocks), stride, False, alike))
     problems = [plan.problem(f"a row of {row_tokens} tokens", 1) for plan in plans]
     if all(problems) or (mix is not None and any(problems)):
         raise UserError(next(filter(None, problems)))
