@@ -207,7 +207,7 @@ def test_recall_tasks_need_words_and_rows_need_blocks(tmp_path: Path) -> None:
 
 
 def test_recall_tasks_grow_harder_in_the_second_half_of_a_run(folder: Path) -> None:
-    task = make_mc_task(folder, "run")  # six steps of four rows
+    task = make_mc_task(folder, "harder")  # six steps of four rows
     setup = build(task, LocalWorker(task.run_dir, torch.device("cpu")))
     assert setup.mix is not None
     assert setup.mix.alike_from == 12
