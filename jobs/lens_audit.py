@@ -45,7 +45,7 @@ _HEAD = (
     "on the tail",
     "by another query",
     "gain of the first",
-    "by another query",
+    "of another query's first",
     "|Δscore|",
     "corr. of two queries",
 )

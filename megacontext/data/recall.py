@@ -35,9 +35,6 @@ _ASKED = {"mqar": 8}  # questions of an evaluation item; one of the other tasks
 _VALUES = 3  # assignments of an update, and links of a chain
 _NEVER = np.iinfo(np.int64).max
 _FACTS_ASKED = 8  # facts at most that a training row is about, besides those asked for in its middle
-_ALIKE_ROWS = (
-    0.25  # rows whose keys share second words: without, a reader goes by them alone; in all rows it learns late
-)
 _BLOCKS_TO_INTERLEAVE = 6  # shorter rows have questions at their end alone
 
 
@@ -156,9 +153,8 @@ class _Plan:
         if not self.alike or count > words:
             return keys
         first = rng.permuted(_distinct(rng, rows, count, words), axis=1)
-        few = rng.integers(
-            0, words // 2, (rows, max(1, count // 4))
-        )  # a key's number names its second word up to parity
+        # a key's number tells its second word but for parity
+        few = rng.integers(0, words // 2, (rows, max(1, count // 4)))
         alike = first * (words // 2) + np.take_along_axis(few, rng.integers(0, few.shape[1], (rows, count)), 1)
         return np.where(rng.random((rows, 1)) < self.alike, alike, keys)
 
