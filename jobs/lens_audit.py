@@ -33,7 +33,6 @@ from megacontext.eval.bootstrap import Interval
 from megacontext.eval.lens_audit import Audit, audit, next_question
 from megacontext.eval.windows import Windows, question_windows, read_long_documents, sample_windows
 from megacontext.inference.session_options import resolve_options
-from megacontext.model.gpt import GPT
 from megacontext.telemetry import provenance, report
 
 STAGE = "lens_audit"
@@ -55,7 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = evaluation.parser(__doc__)
     evaluation.add_documents(parser, required=False)
     add = parser.add_argument
-    add("--task", default="", choices=("", *TASKS), help="recall task to audit on instead of documents [default: none]")
+    add("--task", default="", choices=("", *TASKS), help="recall task to audit on instead of documents: "
+        "--windows histories, four questions each, and an answer for a horizon [default: none]")  # fmt: skip
     add("--history", type=int, default=0, help="tokens of a history, N [default: 4 budgets]")
     return parser.parse_args(argv)
 
@@ -68,11 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     model, tokenizer, device = evaluation.load(args)
     budget = args.budget or model.config.sequence_len
-    tail = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None}).recent_tokens
+    options = resolve_options(model, {"budget": budget, "recent_tokens": args.tail or None})
+    tail = options.recent_tokens
     history = args.history or 4 * budget
     if bool(args.docs) == bool(args.task):
         raise UserError("an audit needs either --docs, long documents, or --task, a recall task; give one of the two.")
-    windows = questions(args, model, tokenizer, history, budget) if args.task else sample_windows(
+    windows = questions(args, tokenizer, history, budget, options.block_size) if args.task else sample_windows(
         read_long_documents(args.docs), tokenizer, history, args.horizon, args.windows, args.seed
     )  # fmt: skip
     config = {
@@ -106,13 +107,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def questions(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, history: int, budget: int) -> Windows:
+def questions(args: argparse.Namespace, tokenizer: Tokenizer, history: int, budget: int, block_size: int) -> Windows:
     """`--windows` histories of a recall task, whose facts lie before the newest `budget` tokens, with four questions each."""
-    if model.memory is None:
-        raise UserError("the checkpoint has no memory, so there is no lens to audit; train one with --mc 1.")
     words = WordList.from_tokenizer(tokenizer)
     items = recall_items(
-        args.task, words, history, args.windows, args.seed, block_size=model.memory.block_size, recent_tokens=budget,
+        args.task, words, history, args.windows, args.seed, block_size=block_size, recent_tokens=budget,
         haystack=haystack_ids("", tokenizer, history), questions=_QUESTIONS,
     )  # fmt: skip
     return question_windows(list(items), tokenizer.bos_id)

@@ -26,7 +26,6 @@ from megacontext.telemetry.tracker import Tracker
 from megacontext.train.checkpoint import Checkpoint, load_checkpoint
 from megacontext.train.loop import TrainResult, train
 from megacontext.train.optim import build_optimizer
-from megacontext.train.setup import build
 from megacontext.train.setup import fresh as fresh_model
 from megacontext.train.task import TrainTask, horizon_steps
 from megacontext.train.worker import LocalWorker
@@ -204,13 +203,6 @@ def test_recall_tasks_need_words_and_rows_need_blocks(tmp_path: Path) -> None:
         train_here(make_task(tmp_path, "run", memory=replace(MEMORY, block_size=4)))
     with pytest.raises(UserError, match="no whole block of 32"):
         train_here(make_task(tmp_path, "run", memory=MemoryConfig(mc=1)))
-
-
-def test_recall_tasks_grow_harder_in_the_second_half_of_a_run(folder: Path) -> None:
-    task = make_mc_task(folder, "harder")  # six steps of four rows
-    setup = build(task, LocalWorker(task.run_dir, torch.device("cpu")))
-    assert setup.mix is not None
-    assert setup.mix.alike_from == 12
 
 
 def test_every_parameter_has_a_rule_and_matrices_of_the_memory_go_to_muon() -> None:

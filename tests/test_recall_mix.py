@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -62,25 +60,6 @@ def test_questions_point_at_their_facts() -> None:
             inside = made.ids[row, block * 16 : (block + 1) * 16].tolist()
             assert [WORDS.tell, *key] in [inside[at : at + 3] for at in range(14)], "the block states what is asked for"
             assert (block + 1) * 16 <= position - 2
-
-
-def test_keys_grow_alike_from_a_position_on() -> None:
-    rows = batch_at(np.arange(60))
-    plain, later = mix(1.0).mixed(rows), replace(mix(1.0), alike_from=20).mixed(rows)
-    assert torch.equal(plain.ids[:20], later.ids[:20])
-    changed = (plain.ids[20:] != later.ids[20:]).any(1).float().mean()
-    assert 0.3 < changed <= 1
-    assert torch.equal(later.ids, replace(mix(1.0), alike_from=20).mixed(rows).ids)
-
-    def second_words(ids: torch.Tensor) -> float:
-        """Different second words of a row's facts, as a share of its different keys; mean over rows."""
-        found = []
-        for row in ids.tolist():
-            keys = {(row[at + 1], row[at + 2]) for at, token in enumerate(row[:-2]) if token == WORDS.tell}
-            found.append(len({second for _, second in keys}) / len(keys))
-        return float(np.mean(found))
-
-    assert second_words(later.ids[20:]) < second_words(plain.ids[20:]) - 0.05
 
 
 def test_all_targets_of_a_task_count_and_batches_without_tasks_pass_as_they_are() -> None:

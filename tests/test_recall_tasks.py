@@ -212,19 +212,6 @@ def test_every_fact_is_as_likely_to_be_asked() -> None:
     assert values.min() > 0.4 * values.mean()
 
 
-def test_many_keys_of_some_rows_differ_by_their_first_word_alone() -> None:
-    def shares(alike: float) -> list[float]:
-        rows = recall_rows(np.random.default_rng(0), WORDS, 200, 1025, mix={"phonebook": 1}, alike=alike)
-        check_rows(rows, WORDS, 32)
-        keys = [{key for _, key, _ in Reader(ids, WORDS).facts} for ids in rows.ids]
-        assert min(map(len, keys)) > 20
-        return [len({second for _, second in row}) / len(row) for row in keys]
-
-    assert np.mean(np.array(shares(0.0)) < 0.7) == 0
-    assert 0.4 < np.mean(np.array(shares(0.5)) < 0.7) < 0.6
-    assert np.mean(np.array(shares(1.0)) < 0.7) == 1
-
-
 def test_keys_of_evaluation_are_not_trained_on() -> None:
     rows = recall_rows(np.random.default_rng(0), WORDS, 300, 1025, mix={"phonebook": 1, "vt": 1})
     trained = {key for ids in rows.ids for _, key, _ in Reader(ids, WORDS).facts}

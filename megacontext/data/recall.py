@@ -100,7 +100,6 @@ class _Plan:
     pairs: int
     stride: int
     held_out: bool
-    alike: float = 0.0  # share of the rows in which many keys differ by their first words alone
 
     @property
     def width(self) -> int:
@@ -134,7 +133,7 @@ class _Plan:
         facts = _Facts(
             block=block,
             offset=offset,
-            key=self._keys(rng, rows, block.shape[1]),
+            key=rng.permuted(_distinct(rng, rows, block.shape[1], self.words.num_keys), axis=1),
             value=value,
             link=np.zeros(block.shape, bool),
             answer=value.copy(),
@@ -145,18 +144,6 @@ class _Plan:
         if self.task in ("update", "vt"):
             self._relate(facts, rng)
         return facts
-
-    def _keys(self, rng: np.random.Generator, rows: int, count: int) -> I64:
-        """Keys [B, F], all different in a row."""
-        words = len(self.words.keys)
-        keys = rng.permuted(_distinct(rng, rows, count, self.words.num_keys), axis=1)
-        if not self.alike or count > words:
-            return keys
-        first = rng.permuted(_distinct(rng, rows, count, words), axis=1)
-        # a key's number tells its second word but for parity
-        few = rng.integers(0, words // 2, (rows, max(1, count // 4)))
-        alike = first * (words // 2) + np.take_along_axis(few, rng.integers(0, few.shape[1], (rows, count)), 1)
-        return np.where(rng.random((rows, 1)) < self.alike, alike, keys)
 
     def _places(self, rng: np.random.Generator, rows: int) -> tuple[I64, I64]:
         """Blocks and offsets [B, F] of the facts, oldest first."""
@@ -255,15 +242,14 @@ def recall_rows(
     interleaved: int = 4,
     pairs: int = PAIRS,
     again: bool = False,
-    alike: float = 0.0,
 ) -> RecallRows:
     """Training rows of `row_tokens` = T + 1 ids: facts in blocks, `interleaved` questions somewhere in the middle about
     what came before, `questions` at the end; the last id of a row is an answer.
 
     `mix`: weight of each task; without it all alike that the row has room for. Of `pairs`, as many as there are blocks.
     Short rows have fewer questions. With `again` a fact may be asked for several times until there are as many as the
-    half of a row holds: dense supervision, by which looking up is learned in a tenth of the steps. In a share `alike` of
-    the rows many keys differ by their first words alone. Raises as `recall_items` does.
+    half of a row holds: dense supervision, by which looking up is learned in a tenth of the steps. Raises as
+    `recall_items` does.
     """
     weights = dict.fromkeys(TASKS, 1.0) if mix is None else dict(mix)
     if not set(weights) <= set(TASKS) or min(weights.values(), default=-1) < 0 or not sum(weights.values()) > 0:
@@ -275,8 +261,18 @@ def recall_rows(
     plans = []
     for task in weights:
         stride = 1 if task in ("update", "vt") else 2  # these have three facts to a question
-        asked = middle + min(at_end, _FACTS_ASKED)
-        plans.append(_Plan(task, words, blocks, block_size, asked, min(pairs, blocks), stride, False, alike))
+        plans.append(
+            _Plan(
+                task,
+                words,
+                blocks,
+                block_size,
+                middle + min(at_end, _FACTS_ASKED),
+                min(pairs, blocks),
+                stride,
+                held_out=False,
+            )
+        )
     problems = [plan.problem(f"a row of {row_tokens} tokens", 1) for plan in plans]
     if all(problems) or (mix is not None and any(problems)):
         raise UserError(next(filter(None, problems)))

@@ -22,7 +22,6 @@ I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 QUESTIONS = 48  # of a row, or as many as half of it holds
-ALIKE = 0.5  # share of the later tasks whose keys are alike
 _MIX = -3  # the number under which `RowRandom` says whether a row is a task
 
 
@@ -41,9 +40,7 @@ class RecallBatch(Batch):
 class RecallMix:
     """Puts tasks in the place of a `share` of the rows, T + 1 = `row_tokens` ids each, with facts in blocks of `block_size`.
 
-    From global position `alike_from` on, half of the tasks have keys that differ by their first words alone. A reader
-    goes by second words until it must not; one that must not from the start takes half as long again to look up at all.
-    Raises UserError when a row is too short for tasks, or the vocabulary has too few words.
+    Raises UserError when a row is too short for them, or the vocabulary has too few words.
     """
 
     share: float
@@ -51,7 +48,6 @@ class RecallMix:
     words: WordList
     row_tokens: int
     block_size: int
-    alike_from: int | None = None
 
     def __post_init__(self) -> None:
         self._row(0, np.zeros(self.row_tokens, np.int64))
@@ -95,6 +91,5 @@ class RecallMix:
             np.random.default_rng([self.seed % (1 << 64), position]), self.words, 1, self.row_tokens,
             block_size=self.block_size, haystack=text,
             questions=QUESTIONS, again=True,
-            alike=ALIKE if self.alike_from is not None and position >= self.alike_from else 0.0,
         )  # fmt: skip
         return made.ids, made.question_position, made.evidence_block, made.earlier_block

@@ -78,9 +78,9 @@ def build(task: TrainTask, worker: Worker) -> Setup:
             shards.verify()
     plan = BatchPlan(task.rows_per_step, task.train.device_batch_size, worker.world_size)
     dtype = precision.choose_dtype(task.dtype, worker.device)
+    mix = recall_mix(task, tokenizer)
     loaded = newest(task, worker)
     num_iterations = agree(worker, lambda: choose_horizon(task, worker.device, worker.world_size))
-    mix = recall_mix(task, tokenizer, num_iterations)
     model, optimizer = fresh(task, worker.device, dtype)
     state: dict[str, Any] = {
         "step": 0, "rows_consumed": 0, "total_tokens": 0, "total_training_flops": 0.0, "total_training_time": 0.0,
@@ -112,16 +112,12 @@ def memory_objective(
     return MemoryObjective(model, task.seed, task.rows_per_step, world_size, progress, scales, view_trunk)
 
 
-def recall_mix(task: TrainTask, tokenizer: Tokenizer, num_iterations: int | None = None) -> RecallMix | None:
-    """What mixes recall tasks into the rows, harder ones in the second half of a run of so many steps; None when no row
-    is one. Raises UserError when they do not fit."""
+def recall_mix(task: TrainTask, tokenizer: Tokenizer) -> RecallMix | None:
+    """What mixes recall tasks into the rows, None when no row is one. Raises UserError when they do not fit."""
     if task.memory is None or not task.memory.mc_recall_share:
         return None
     words = WordList.from_tokenizer(tokenizer)
-    half = None if num_iterations is None else num_iterations * task.rows_per_step // 2
-    return RecallMix(
-        task.memory.mc_recall_share, task.seed, words, task.gpt.sequence_len + 1, task.memory.block_size, half
-    )
+    return RecallMix(task.memory.mc_recall_share, task.seed, words, task.gpt.sequence_len + 1, task.memory.block_size)
 
 
 def newest(task: TrainTask, worker: Worker) -> Checkpoint | None:
