@@ -212,7 +212,9 @@ class MemoryConfig:
     allocator_type: str = flag("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
     allocator_recent_tokens: int = flag(128, "newest tokens that stay raw")
     allocator_expand_threshold: float = flag(0.1, "score above which an entry may be expanded")
-    allocator_collapse_threshold: float = flag(0.1, "a group may collapse when its mean score is below minus this")
+    allocator_collapse_threshold: float = flag(
+        0.1, "a group may collapse for an entry whose score is above its mean by this and the other"
+    )
     allocator_sample_top_k: int = flag(4, "candidates that stochastic_greedy draws from")
     allocator_sample_temperature: float = flag(1.0, "temperature of that draw")
     mc_num_random_variants: int = flag(4, "extra working contexts per sequence, N")
@@ -228,6 +230,9 @@ class MemoryConfig:
     )
     mc_auto_batch: int = flag(1, "shrink the device batch so that the views of --mc fit where the rows did (0 or 1)")
     mc_gist_loss_weight: float = flag(1.0, "weight of the loss on the variants' entries")
+    mc_gist_teacher_share: float = flag(
+        0.6, "in that loss: share of every target in text that is what the raw row predicts, instead of what came next"
+    )
     mc_gist_penalty_weight: float = flag(
         0.1, "in that loss: weight of how far the variants' states of the shared tail are from those of the raw row"
     )
@@ -267,8 +272,9 @@ class MemoryConfig:
             raise UserError(
                 f"--block_size {self.block_size} is not a multiple of --routing_slots {self.routing_slots}; each key covers as many tokens."
             )
-        if not 0 <= self.mc_recall_share <= 1:
-            raise UserError(f"--mc_recall_share is {self.mc_recall_share}; a share lies between 0 and 1.")
+        for name in ("mc_recall_share", "mc_gist_teacher_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; a share lies between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def test_relative_scores_order_blocks_and_split_a_row_whatever_its_scale() -> No
     assert torch.equal(scores.argsort(), attention.argsort())
     assert torch.allclose(scores, relative_scores(attention / 1000), atol=1e-5)
     assert torch.atanh(scores).mean().abs() < 1e-5
-    assert torch.allclose(torch.atanh(scores).square().mean(), torch.ones(()), atol=1e-4)
+    assert torch.allclose(torch.atanh(scores).square().mean(), torch.tensor(0.25), atol=1e-4)
 
 
 def test_relative_scores_of_blocks_that_are_attended_to_alike_say_nothing() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.model import cross_entropy
-from megacontext.model.cross_entropy import linear_cross_entropy
+from megacontext.model.cross_entropy import linear_cross_entropy, taught_cross_entropy, weighted_cross_entropy
 
 CAP = 15.0
 
@@ -141,3 +141,35 @@ def test_the_logits_of_the_batch_are_never_held(monkeypatch: pytest.MonkeyPatch)
     with Watch():
         linear_cross_entropy(x, weight, targets, cap=CAP)
     assert largest <= max(19 * 37, 400 * 12)
+
+
+@pytest.mark.parametrize("rows", [1, 19, 64])
+def test_a_teacher_is_part_of_the_target(rows: int) -> None:
+    share = torch.linspace(0, 1, rows)
+    x, weight, targets = problem(rows, 37)
+    teacher, weights = problem(rows, 37, seed=1)[0], torch.linspace(0, 2, rows)
+    logs = [F.log_softmax(CAP * torch.tanh(states @ weight.T / CAP), -1) for states in (x, teacher.detach())]
+    taught = logs[1].detach()
+    divergences = (taught.exp() * (taught - logs[0])).sum(-1)
+    losses = -logs[0].gather(-1, targets[:, None])[:, 0]
+    expected = (weights * ((1 - share) * losses + share * divergences)).sum()
+    dx, dw = torch.autograd.grad(expected, (x, weight))
+    total, each, apart = taught_cross_entropy(x, weight, targets, weights, teacher, share, cap=CAP)
+    got_dx, got_dw = torch.autograd.grad(2 * total, (x, weight))
+    assert relative(total, expected) < 1e-6
+    assert relative(each, weights * losses) < 1e-5
+    assert relative(apart, weights * divergences) < 1e-5
+    assert relative(got_dx, 2 * dx) < 1e-5
+    assert relative(got_dw, 2 * dw) < 1e-5
+    assert not each.requires_grad
+    assert not apart.requires_grad
+
+
+def test_no_gradient_reaches_the_teacher_and_a_share_of_nothing_is_no_teacher() -> None:
+    x, weight, targets = problem(30, 37)
+    teacher, weights = problem(30, 37, seed=1)[0], torch.ones(30)
+    total, *_ = taught_cross_entropy(x, weight, targets, weights, teacher, torch.full((30,), 0.5), cap=CAP)
+    assert torch.autograd.grad(total, (x, teacher), allow_unused=True)[1] is None
+    alone, _ = weighted_cross_entropy(x, weight, targets, weights, cap=CAP)
+    total, *_ = taught_cross_entropy(x, weight, targets, weights, teacher, torch.zeros(30), cap=CAP)
+    assert total.item() == pytest.approx(alone.item(), rel=1e-6)

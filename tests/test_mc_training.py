@@ -22,12 +22,14 @@ from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.data.shards import Manifest, ids_dtype, write_shard
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
+from megacontext.model.flops import head_flops_per_token
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.checkpoint import Checkpoint, load_checkpoint
 from megacontext.train.loop import TrainResult, train
 from megacontext.train.optim import build_optimizer
 from megacontext.train.setup import fresh as fresh_model
 from megacontext.train.task import TrainTask, horizon_steps
+from megacontext.train.views import ViewSettings
 from megacontext.train.worker import LocalWorker
 
 SEQ_LEN = 128
@@ -196,6 +198,10 @@ def test_horizon_counts_the_flops_of_all_modules(folder: Path) -> None:
     per_token = [ours.flops_per_token(progress) for progress in (0.0, 0.5, 1.0)]
     assert per_token[0] > per_token[1] > per_token[2] > vanilla.flops_per_token(0.0)
     assert result.metrics["total_training_flops"] == pytest.approx(sum(per_token) * 4 * SEQ_LEN)
+    alone = make_mc_task(folder, "run", replace(MEMORY, mc_gist_teacher_share=0.0))
+    views = ViewSettings.of(MEMORY, SEQ_LEN)
+    predicted = views.variants * views.length(views.last_entries) * head_flops_per_token(ours.gpt)
+    assert per_token[2] - alone.flops_per_token(1.0) == pytest.approx(predicted / SEQ_LEN)
 
 
 def test_recall_tasks_need_words_and_rows_need_blocks(tmp_path: Path) -> None:

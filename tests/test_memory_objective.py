@@ -16,6 +16,7 @@ from megacontext.context.gist_function import build_levels
 from megacontext.data.recall_words import QUESTION_TOKENS, WordList
 from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
+from megacontext.train.attention_labels import block_attention, first_labelled, relative_scores
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective, node_table
 from megacontext.train.objective import next_token_loss
@@ -103,7 +104,7 @@ def test_token_loss_is_the_vanilla_loss_bit_for_bit(masked: bool) -> None:
 @pytest.mark.parametrize("kind", ["slot", "simple", "gaussian", "gaussian_alibi"])
 @pytest.mark.parametrize("token_shift", [False, True])
 def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -> None:
-    memory = replace(MEMORY, positional_type=kind, mc_gist_penalty_weight=0.3)
+    memory = replace(MEMORY, positional_type=kind, mc_gist_penalty_weight=0.3, mc_gist_teacher_share=0.25)
     model = new_model(memory, replace(GPT_CONFIG, token_shift=token_shift))
     batch = new_batch(2, masked=True)
     objective = objective_of(model, 2)
@@ -115,7 +116,8 @@ def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -
     with torch.no_grad():
         levels = [batch.inputs, *build_levels(batch.inputs, model.memory, 2)]
         raw_states = model.hidden(batch.inputs)
-        losses, distances, by_level = [], [], {0: [], 1: [], 2: []}
+        predicted = model.head(raw_states).log_softmax(-1)
+        losses, distances, divergences, by_level = [], [], [], {0: [], 1: [], 2: []}
         for view in range(len(plan.length)):
             entries, row = plan.context(view).entries, int(plan.sequence[view])
             ids = torch.tensor([[int(batch.ids[row, i]) if lod == 0 else 0 for lod, i in entries]])
@@ -128,24 +130,43 @@ def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -
             places = [torch.from_numpy(a)[None] for a in (plan.context(view).positions, plan.context(view).sigmas)]
             rotary = model.entry_rotary(*places, torch.arange(len(entries))[None], torch.tensor([T]))
             states = model.trunk(x, rotary)
-            logits, of_view = model.head(states)[0], []
+            logits, of_view, apart = model.head(states)[0], [], []
             for at, (level, index) in enumerate(entries):
                 end = (index + 1) * 4**level
                 target = int(batch.ids[row, end])
                 if (at + 1 == len(entries) or entries[at + 1][0] == 0) and batch.mask[row, end]:  # type: ignore[index]
                     loss = F.cross_entropy(logits[at], torch.tensor(target)).item()
                     of_view.append(loss)
+                    apart.append(
+                        F.kl_div(logits[at].log_softmax(-1), predicted[row, end - 1], log_target=True, reduction="sum")
+                    )
                     by_level[level].append(loss)
             losses.append(sum(of_view) / len(of_view))
+            divergences.append(sum(apart).item() / len(apart))
             tail = objective.settings.tail
             distances.append(0.5 * (states[0, -tail:] - raw_states[row, -tail:]).square().mean().item())
     assert found["gist_ce"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert found["gist_penalty"] == pytest.approx(np.mean(distances), rel=1e-5)
-    assert found["gist_loss"] == pytest.approx(np.mean(losses) + 0.3 * np.mean(distances), rel=1e-5)
+    assert found["gist_kl"] == pytest.approx(np.mean(divergences), rel=1e-4)
+    taught = 0.75 * np.mean(losses) + 0.25 * np.mean(divergences)
+    assert found["gist_loss"] == pytest.approx(taught + 0.3 * np.mean(distances), rel=1e-5)
     for level, values in by_level.items():
         if values:
             assert found[f"lod_loss/{level}"] == pytest.approx(np.mean(values), rel=1e-5)
         assert found[f"lod_count/{level}"] == pytest.approx((plan.lod == level).sum() / len(plan.lod))
+
+
+def test_answers_of_tasks_are_learned_as_they_are() -> None:
+    """What the raw row predicts is no part of the target where the answer is known."""
+    tasks = RecallMix(1.0, 3, WORDS, T + 1, 8).mixed(new_batch(3))
+    found = {}
+    for name, batch in (("tasks", tasks), ("text", new_batch(3))):
+        for share in (0.0, 0.5):
+            objective = objective_of(new_model(replace(TASKS, mc_gist_teacher_share=share)), 3)
+            loss_of(objective, batch)
+            found[name, share] = means(objective)["gist_loss"]
+    assert found["tasks", 0.5] == pytest.approx(found["tasks", 0.0], rel=1e-5)
+    assert found["text", 0.5] < 0.9 * found["text", 0.0]
 
 
 @settings(max_examples=15, deadline=None)
@@ -227,13 +248,30 @@ def test_the_lens_learns_what_raw_text_attends_to() -> None:
     assert agreed[-1] > 0.8
 
 
+def test_attention_to_the_first_tokens_of_a_row_teaches_nothing() -> None:
+    model, batch = new_model(TASKS), new_batch(2)
+    objective = objective_of(model, 2)
+    blocks = objective.settings.blocks
+    first = first_labelled(blocks, 8)
+    assert (first, blocks) == (1, 7)  # no more than a quarter
+    assert first_labelled(62, 16) == 2
+    scores = torch.zeros(2, blocks, requires_grad=True)
+    x = model.embed(batch.inputs).detach()
+    found = block_attention(model, x, objective.settings.horizon, blocks, 8)[:, first:]
+    loss = objective._attention(x, scores)
+    assert loss.item() == pytest.approx(relative_scores(found).square().mean().item(), rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, scores)
+    assert not grad[:, :first].any()
+    assert grad[:, first:].all()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"mc_lens_kl_weight": 1.0}, {"mc_lens_budget_smooth_weight": 1.0}, {"mc_lens_budget_weight": 0.0},
         {"mc_lens_rank_weight": 0.0}, {"mc_lens_margin": 0.5}, {"mc_lens_temperature": 0.2},
         {"mc_lens_hard_negative_ratio": 0.3}, {"mc_max_counterfactuals": 3}, {"mc_lens_attention_weight": 0.0}, {"mc_lens_loss_weight": 0.5},
-        {"mc_gist_penalty_weight": 1.0}, {"mc_gist_loss_weight": 0.5}, {"mc_route_loss_weight": 0.5},
+        {"mc_gist_penalty_weight": 1.0}, {"mc_gist_teacher_share": 0.5}, {"mc_gist_loss_weight": 0.5}, {"mc_route_loss_weight": 0.5},
         {"mc_num_random_variants": 2}, {"mc_recall_answer_weight": 1.0}, {"mc_train_wc_length": 32}, {"allocator_recent_tokens": 4}, {"max_lod": 1},
         {"gistnet_type": "mean"}, {"gistnet_layers": 4}, {"gistnet_pooling": "query"}, {"gistnet_head": "linear"},
         {"lensnet_layers": 4}, {"lensnet_head": "linear"}, {"positional_type": "gaussian"}, {"positional_type": "gaussian_alibi"}, {"routing_slots": 4},

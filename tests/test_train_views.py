@@ -119,6 +119,16 @@ def test_the_only_variant_of_text_is_drawn_blindly() -> None:
     assert not kept_blocks(views, text(3), views.entries(0.5)).any()
 
 
+def test_the_lens_is_asked_about_contexts_that_fade_with_age_too() -> None:
+    views = ViewSettings.of(MEMORY, T)
+    room = views.room(views.last_entries)
+    shown = raw_blocks(draw_views(views, 0, np.arange(40), 0.1).reference, views.blocks)
+    newest = np.arange(views.blocks) >= views.blocks - room
+    assert room > 0
+    assert (shown[::2] == newest).all()
+    assert (shown[1::2] != newest).any(1).mean() > 0.5
+
+
 def test_a_run_may_start_with_short_variants() -> None:
     views = ViewSettings.of(replace(MEMORY, mc_start_wc_length=120, mc_train_wc_length=100), 512)
     assert [views.entries(progress) for progress in (0.0, 0.5, 1.0)] == [120, 110, 100]

@@ -5,7 +5,7 @@ loss is a weighted sum, the gradient of each chunk is known the moment its logit
 loss, input gradient and weight gradient together and keeps no logits. The idea is that of Liger Kernel's
 FusedLinearCrossEntropy (Hsu et al., 2024, arXiv:2410.10989), written here with plain tensor operations so that it runs
 anywhere, and blocked twice: the matrix products run over `_OUTER_ROWS` tokens, the element-wise passes over a block that
-stays in the cache.
+stays in the cache. A teacher's states through the same head can be part of the target (Hinton et al., 2015, arXiv:1503.02531).
 
 The softcap, cap·tanh(z/cap), bounds logits to ±cap. So the softmax needs no maximum to be safe: e^cap fits float32.
 """
@@ -44,9 +44,18 @@ def softcapped(z: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def _losses_and_grad_(
-    z: torch.Tensor, dz: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float
-) -> torch.Tensor:
-    """Weighted losses [n] of raw logits z [n, V]; writes the gradient with respect to z into dz (which may be z)."""
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float,
+    lesson: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weighted losses [n] of raw logits z [n, V]; writes the gradient with respect to z into dz (which may be z).
+
+    With a lesson, a teacher's raw logits [n, V], which are used up, and a share [n], that share of the target is the
+    teacher's prediction; second result: weighted divergences [n] from it.
+    """
     capped = z.to(wide(z.dtype)) if z.dtype != wide(z.dtype) else z
     unit = capped.mul(1 / cap) if capped is z else capped.mul_(1 / cap)
     unit.tanh_()
@@ -55,13 +64,23 @@ def _losses_and_grad_(
     column = targets.unsqueeze(-1)
     losses = (total.log() - unit.gather(-1, column).mul_(cap)).squeeze(-1).mul_(weights)
     p.mul_(weights.unsqueeze(-1) / total)
-    p.scatter_add_(-1, column, -weights.unsqueeze(-1))
+    own, apart = -weights, None
+    if lesson is not None:
+        taught, share = lesson
+        theirs = taught.to(p.dtype).mul_(1 / cap).tanh_()
+        q = torch.mul(theirs, cap).exp_()
+        total_q = q.sum(dim=-1, keepdim=True)
+        further = torch.linalg.vecdot(q, theirs.sub_(unit)).mul_(cap) / total_q.squeeze(-1)
+        apart = (further + (total.log() - total_q.log()).squeeze(-1)).mul_(weights)
+        p.addcmul_(q, (weights * share).unsqueeze(-1) / total_q, value=-1)
+        own = weights * (share - 1)
+    p.scatter_add_(-1, column, own.unsqueeze(-1))
     squares = unit.mul_(unit)  # the slope of the softcap is 1 − tanh²
     if dz.dtype == p.dtype:
         torch.addcmul(p, p, squares, value=-1, out=dz)
     else:
         dz.copy_(p.addcmul_(p, squares, value=-1))
-    return losses
+    return losses, apart
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,29 +93,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         cap: float,
         need: tuple[bool, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        teacher: torch.Tensor | None,
+        share: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         cast = weight.to(x.dtype)
         rows, vocab = x.shape[0], weight.shape[0]
         outer, inner = _chunks(rows, vocab, x.device)
         columns = targets.clamp(min=0)
-        losses = torch.empty_like(weights)
+        losses, apart = torch.empty_like(weights), torch.zeros_like(weights)
         dx = torch.empty_like(x) if need[0] else None
         dweight: torch.Tensor | None = None
         logits = x.new_empty((outer, vocab))
+        taught = None if teacher is None else torch.empty_like(logits)
         for chunk in _blocks(0, rows, outer):
             z = logits[: chunk.stop - chunk.start]
             torch.mm(x[chunk], cast.t(), out=z)
+            if taught is not None and teacher is not None:
+                torch.mm(teacher[chunk], cast.t(), out=taught[: len(z)])
             for block in _blocks(chunk.start, chunk.stop, inner):
-                part = z[block.start - chunk.start : block.stop - chunk.start]
-                losses[block] = _losses_and_grad_(part, part, columns[block], weights[block], cap)
+                at = slice(block.start - chunk.start, block.stop - chunk.start)
+                lesson = None if taught is None or share is None else (taught[at], share[block])
+                losses[block], far = _losses_and_grad_(z[at], z[at], columns[block], weights[block], cap, lesson)
+                if far is not None:
+                    apart[block] = far
             if dx is not None:
                 torch.mm(z, cast, out=dx[chunk])
             if need[1]:
                 product = torch.mm(z.t(), x[chunk])
                 dweight = product.to(weight.dtype) if dweight is None else dweight.add_(product)
         ctx.save_for_backward(dx, dweight)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        ctx.mark_non_differentiable(losses, apart)
+        total = losses.sum() if share is None else torch.lerp(losses, apart, share).sum()
+        return total, losses, apart
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -105,10 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx is None else (dx * grad).to(dx.dtype),
             None if dweight is None else dweight * grad,
-            None,
-            None,
-            None,
-            None,
+            *(None for _ in range(6)),
         )
 
 
@@ -140,7 +165,7 @@ def linear_cross_entropy(
             return losses
         total = losses.sum()
     else:
-        total, _ = _fused(x, weight, targets, (targets != IGNORE).to(wide(x.dtype)), cap)
+        total, *_ = _fused(x, weight, targets, (targets != IGNORE).to(wide(x.dtype)), cap)
     return total if reduction == "sum" else total / (targets != IGNORE).sum().clamp(min=1)
 
 
@@ -154,14 +179,41 @@ def weighted_cross_entropy(
     """
     assert 0 < cap <= 80, f"e^{cap} must fit float32"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _fused(x, weight, targets, row_weights.to(wide(x.dtype)), cap)
+        return _fused(x, weight, targets, row_weights.to(wide(x.dtype)), cap)[:2]
     losses = linear_cross_entropy(x, weight, targets, cap=cap, reduction="none") * row_weights
     return losses.sum(), losses
 
 
+def taught_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    row_weights: torch.Tensor,
+    teacher: torch.Tensor,
+    share: torch.Tensor,
+    *,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `weighted_cross_entropy`, but for a `share` [N] the target is what the states `teacher` [N, D] predict through the
+    same head: the sum of row_weights·((1 - share)·cross-entropy + share·KL(teacher ‖ x)), and weighted cross-entropies
+    [N] and divergences [N], without gradient. None flows to the teacher.
+    """
+    assert 0 < cap <= 80, f"e^{cap} must fit float32"
+    return _fused(
+        x, weight, targets, row_weights.to(wide(x.dtype)), cap, teacher.detach().to(x.dtype), share.to(wide(x.dtype))
+    )
+
+
 def _fused(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float,
+    teacher: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     need = (x.requires_grad, weight.requires_grad)
-    total, losses = _LinearCrossEntropy.apply(x, weight, targets, weights, cap, need)  # type: ignore[no-untyped-call]
-    return total, losses
+    arguments = (x, weight, targets, weights, cap, need, teacher, share)
+    total, losses, apart = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return total, losses, apart

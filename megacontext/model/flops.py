@@ -51,6 +51,11 @@ def forward_flops_per_token(config: GPTConfig, seq_len: int | None = None) -> fl
     return 2.0 * matmul_params(config) + 4.0 * config.n_layer * config.n_embd * tokens
 
 
+def head_flops_per_token(config: GPTConfig) -> float:
+    """FLOPs of the logits of one token."""
+    return 2.0 * config.vocab_size * config.n_embd
+
+
 def gist_flops(config: GPTConfig, memory: MemoryConfig, gists: int) -> float:
     """FLOPs of making `gists` gists, each of its block_size children: the encoder and the head."""
     if memory.gistnet_type == "mean":

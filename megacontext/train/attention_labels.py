@@ -14,12 +14,15 @@ from torch import Tensor
 from megacontext.model.gpt import GPT
 from megacontext.model.norm import rms_norm
 
+SINK_TOKENS = 32  # of a row: attention rests on them whatever they say (StreamingLLM, arXiv:2309.17453)
+
 
 @torch.no_grad()
 def block_attention(model: GPT, x: Tensor, newest: int, blocks: int, block_size: int) -> Tensor:
     """Attention [B, n] of the last Q tokens to each of the first n blocks: mean over tokens, heads and layers.
 
-    x [B, T, D]: inputs of the raw rows. A row's first token does not count: heads that look for nothing look there.
+    x [B, T, D]: inputs of the raw rows. A row's first token does not count: heads that look for nothing look there. What
+    else of that falls on a row's first blocks is left out of the lesson: `first_labelled`.
     """
     rows, tokens, _ = x.shape
     rotary = model.rotary_table.slice(0, tokens, x.device)
@@ -38,9 +41,15 @@ def block_attention(model: GPT, x: Tensor, newest: int, blocks: int, block_size:
     return total / len(model.blocks)
 
 
+def first_labelled(blocks: int, block_size: int) -> int:
+    """The first of a row's n blocks whose attention says something about its text; at least three quarters do."""
+    return min(-(-SINK_TOKENS // block_size), blocks // 4)
+
+
 def relative_scores(attention: Tensor) -> Tensor:
     """Scores [B, n] in (-1, 1) to teach, of attention [B, n]: by how many spreads a block's logarithm is above the row's
-    mean, squashed. So half of a row deserves detail and half does not, whatever the length of the history."""
+    mean, squashed. So half of a row deserves detail and half does not, whatever the length of the history; and the few
+    blocks next to the query, three spreads above the rest, still differ from each other."""
     logs = attention.clamp(min=1e-9).log()
     centred = logs - logs.mean(1, keepdim=True)
-    return torch.tanh(centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3))
+    return torch.tanh(0.5 * centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3))

@@ -1,7 +1,9 @@
 """What `--mc` minimizes: next-token loss of the raw rows and of random working contexts of them, and the lens's losses.
 
 One pass over a micro-batch: ids → embeddings and gists, with gradient → views, by one gather → the GPT on all of them →
-losses by name. The raw view is the vanilla forward pass, so its loss is what the run without `--mc` would have had.
+losses by name. The raw view is the vanilla forward pass, so its loss is what the run without `--mc` would have had; what
+it predicts, knowing all of the row, is part of the variants' targets (context distillation: Snell et al., 2022,
+arXiv:2209.15189).
 
     total = token + mc_gist_loss_weight·(variants' loss + mc_gist_penalty_weight·penalty)
             + mc_lens_loss_weight·lens + mc_route_loss_weight·route
@@ -18,11 +20,11 @@ from torch import Tensor
 
 from megacontext.context.gist_function import build_levels
 from megacontext.data.stream import Batch
-from megacontext.model.cross_entropy import weighted_cross_entropy
+from megacontext.model.cross_entropy import taught_cross_entropy, weighted_cross_entropy
 from megacontext.model.gpt import GPT, SOFTCAP
 from megacontext.model.memory import Memory
 from megacontext.model.rotary import Rotary
-from megacontext.train.attention_labels import block_attention, relative_scores
+from megacontext.train.attention_labels import block_attention, first_labelled, relative_scores
 from megacontext.train.lens_loss import RunningScales, compare, correlation, lens_terms, route, utility_loss
 from megacontext.train.meter import Meter
 from megacontext.train.step_plan import (
@@ -85,11 +87,11 @@ class MemoryObjective:
         kept = kept_blocks(settings, batch, settings.entries(progress))
         views = draw_views(settings, self.seed, batch.positions, progress, kept)
         targets = batch.targets.numpy()
+        text = text_rows(batch)
         variants = lens = None
         if settings.variants:
             heavy = view_emphasis(settings, views.variants, batch, config.mc_recall_answer_weight)
-            variants = view_tensors(self.model, settings, views.variants, targets, device, heavy)
-        text = text_rows(batch)
+            variants = view_tensors(self.model, settings, views.variants, targets, device, heavy, text)
         if len(text) and (settings.variants > 1 or config.mc_max_counterfactuals or config.mc_lens_attention_weight):
             lens = lens_tensors(self.model, settings, views.reference, views.variants, text, device)
         questions = route_tensors(settings, batch, device) if self.memory.router is not None else None
@@ -134,7 +136,7 @@ class MemoryObjective:
         """Loss of the variants with its penalty, and mean losses [V] of the newest H tokens, detached."""
         states = self._states(table, views)
         flat = states.flatten(0, 1).index_select(0, views.rows)
-        total, losses = self._cross_entropy(flat, views.targets, views.weights)
+        total, losses = self._taught(flat, views, hidden)
         nats = losses * views.inverse
         scale = self.world_size / (self.rows_per_step * self.settings.variants)
         count = views.shape[0]
@@ -150,6 +152,21 @@ class MemoryObjective:
             self.meter.add(f"lod_loss/{level}", by_level[0, level], by_level[1, level])
             self.meter.add(f"lod_count/{level}", views.of_level[level], count)
         return loss * scale, (nats[views.newest] * views.newest_weights).sum(1)
+
+    def _taught(self, flat: Tensor, views: ViewTensors, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the states [M, D] that have a target, and cross-entropies [M].
+
+        In text part of the target is what the raw row predicts there. A task's answer is known, and is learned as it is.
+        """
+        share = self.config.mc_gist_teacher_share
+        if not share:
+            return self._cross_entropy(flat, views.targets, views.weights)
+        teacher = hidden.detach().flatten(0, 1).index_select(0, views.raw)
+        total, losses, apart = taught_cross_entropy(
+            flat, self.model.lm_head.weight, views.targets, views.weights, teacher, share * views.text, cap=SOFTCAP
+        )
+        self.meter.add("gist_kl", (apart * views.inverse * views.share).sum(), views.shape[0])
+        return total, losses
 
     def _states(self, table: Tensor, views: ViewTensors) -> Tensor:
         entries = table.index_select(0, views.gather).view(*views.shape, -1)
@@ -184,7 +201,8 @@ class MemoryObjective:
         """Mean squared distance of the scores [R, n] from those that the raw rows' own attention asks for."""
         settings = self.settings
         found = block_attention(self.model, x, settings.horizon, settings.blocks, settings.block_size)
-        wanted = relative_scores(found)
+        first = first_labelled(settings.blocks, settings.block_size)
+        wanted, scores = relative_scores(found[:, first:]), scores[:, first:]
         together, exists = correlation(scores.detach(), wanted)
         self.meter.add("attention_corr", together.sum(), exists.sum())
         return (scores - wanted).square().mean()
@@ -279,7 +297,7 @@ def tail_distance(states: Tensor, raw_states: Tensor, settings: ViewSettings) ->
 def _metric_names(settings: ViewSettings) -> tuple[str, ...]:
     levels = range(settings.max_lod + 1)
     return (
-        "token_loss", "answer_loss", "gist_loss", "gist_ce", "gist_penalty", "lens_loss", "route_loss", "route_accuracy",
+        "token_loss", "answer_loss", "gist_loss", "gist_ce", "gist_kl", "gist_penalty", "lens_loss", "route_loss", "route_accuracy",
         "adv_delta_mean", "adv_delta_std", "adv_delta_p95", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "gap_square", "score_mean",
         "utility_square", "attention_corr", *(f"lens_{name}" for name in LENS_TERMS), *(f"lod_loss/{level}" for level in levels),

@@ -34,16 +34,19 @@ class ViewTensors:
     """Views of one length as a model reads and is judged by them.
 
     `gather` [V·L] rows of the table of nodes; `rotary` of the entries; `of_level` how many of all entries are of each
-    level. Of the M entries that have a target: `rows` [M] their number in V·L, `targets` [M], `level` [M], `share` [M],
-    1 over the targets of the view and 0 where a target does not count, `weights` [M], that times its emphasis, `inverse`
-    [M], 1 over the weight or 0. `newest` [V, H] which of the M predict the last H tokens, `newest_weights` [V, H], 1
-    over how many of them count.
+    level. Of the M entries that have a target: `rows` [M] their number in V·L, `raw` [M] the number in B·T of the token
+    that predicts the same in the raw row, `text` [M] 1 in rows that are text and 0 in tasks, `targets` [M], `level` [M],
+    `share` [M], 1 over the targets of the view and 0 where a target does not count, `weights` [M], that times its
+    emphasis, `inverse` [M], 1 over the weight or 0. `newest` [V, H] which of the M predict the last H tokens,
+    `newest_weights` [V, H], 1 over how many of them count.
     """
 
     shape: tuple[int, int]
     gather: Tensor
     rotary: Rotary
     rows: Tensor
+    raw: Tensor
+    text: Tensor
     targets: Tensor
     weights: Tensor
     share: Tensor
@@ -96,10 +99,12 @@ def view_tensors(
     targets: npt.NDArray[np.integer],
     device: torch.device,
     emphasis: F32 | None = None,
+    text: I64 | None = None,
 ) -> ViewTensors:
     """Tensors of views of one length of the rows whose targets are [B, T]: -1 where one does not count.
 
-    `emphasis` [V, T]: weights of the targets, all 1 without it.
+    `emphasis` [V, T]: weights of the targets, all 1 without it. `text`: numbers of the rows that are text, not tasks; all
+    are without it.
     """
     views, length = plan.lod.shape
     assert (plan.length == length).all(), "views of a step have one length"
@@ -108,17 +113,19 @@ def view_tensors(
     rows = np.flatnonzero(predicts)
     aim = next_token_targets(plan, shifted).reshape(-1)[rows]
     counted = aim >= 0
-    per_view = np.bincount(rows[counted] // length, minlength=views)[rows // length]
+    view = rows // length
+    per_view = np.bincount(view[counted], minlength=views)[view]
     last = np.cumsum(predicts.sum(1))[:, None] + np.arange(-settings.horizon, 0)
     fresh = counted[last]
     token = plan.target_tokens().reshape(-1)[rows] - 1
-    heavy = (
-        np.ones(len(rows)) if emphasis is None else emphasis[rows // length, np.minimum(token, targets.shape[1] - 1)]
-    )
+    owner = plan.sequence[view]
+    heavy = np.ones(len(rows)) if emphasis is None else emphasis[view, np.minimum(token, targets.shape[1] - 1)]
     moved = _moved(
         {
             "gather": plan.gather_index(level_counts(settings)).reshape(-1),
             "rows": rows,
+            "raw": owner * targets.shape[1] + token,
+            "text": np.ones(len(rows)) if text is None else np.isin(owner, text).astype(np.float64),
             "targets": aim,
             "weights": counted * heavy / np.maximum(per_view, 1),
             "share": counted / np.maximum(per_view, 1),

@@ -81,7 +81,8 @@ class TrainTask:
 
     def flops_per_token(self, progress: float) -> float:
         """Training FLOPs per token of a row when a share `progress` of the run is done: of the raw row, and with a memory
-        of its tree, its variants, the lens with its labels and measured edits as well. The GPT's convention for all."""
+        of its tree, its variants and their teacher's predictions, the lens with its labels and measured edits as well. The
+        GPT's convention for all."""
         if self.memory is None:
             return train_flops_per_token(self.gpt)
         views, gpt, memory = ViewSettings.of(self.memory, self.gpt.sequence_len), self.gpt, self.memory
@@ -93,6 +94,8 @@ class TrainTask:
         single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
         edits = min(memory.mc_max_counterfactuals, views.blocks) * single
         forward = edits * flops.forward_flops_per_token(gpt, single) if edits else 0.0
+        if memory.mc_gist_teacher_share:
+            forward += views.variants * entries * flops.head_flops_per_token(gpt)
         if memory.mc_lens_attention_weight:
             text = 1 - memory.mc_recall_share
             forward += text * flops.attention_label_flops(gpt, views.tokens, views.horizon)

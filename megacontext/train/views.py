@@ -109,7 +109,8 @@ class ViewSettings:
 @dataclass(frozen=True)
 class StepViews:
     """Views of a micro-batch: variant n of row b is view b·N + n; `reference` has one view of each row's first
-    T - horizon tokens, of the length that training ends with, whatever the curriculum says."""
+    T - horizon tokens, of the length that training ends with, whatever the curriculum says. Rows at even positions have
+    their newest blocks raw there, as contexts have that a refocus begins with."""
 
     variants: ViewPlan
     reference: ViewPlan
@@ -130,8 +131,10 @@ def draw_views(
     variants = _sample(settings, settings.tokens, settings.entries(progress), settings.tail, owner,
                        RowRandom(seed, positions[owner], number), keep)  # fmt: skip
     ahead = settings.horizon
+    near = np.zeros((len(rows), settings.blocks), bool)
+    near[positions % 2 == 0, settings.blocks - settings.room(settings.last_entries) :] = True
     reference = _sample(settings, settings.tokens - ahead, settings.reference_entries, settings.tail - ahead, rows,
-                        RowRandom(seed, positions, np.full(len(rows), _REFERENCE)))  # fmt: skip
+                        RowRandom(seed, positions, np.full(len(rows), _REFERENCE)), near)  # fmt: skip
     return StepViews(variants, reference)
 
 
