@@ -32,28 +32,29 @@ def random_score(seed: int) -> Callable[[WorkingContext], np.ndarray]:  # type: 
 def slow_choice(
     context: WorkingContext, scores: list[float], budget: int, tail: int, edits: int, low: float, high: float
 ) -> tuple[list[int], list[int]]:
-    """The oracle without a cooldown: the best expansions one by one, each paid by the worst group where room is short."""
+    """The oracle without a cooldown: the best expansions one by one; where room is short, the worst group that is still
+    whole pays, if its mean is below the expansion's score by both thresholds."""
     r = context.block_size
-    wanting = [e for e, (lod, _) in enumerate(context.entries) if lod > 0 and scores[e] > high]
-    groups = []
-    for group in collapsible(context, tail).tolist():
-        members = range(group, group + r)
-        mean = sum(scores[m] for m in members) / r
-        if mean < -low and not set(members) & set(wanting):
-            groups.append((mean, group))
-    groups.sort()
-    wanting.sort(key=lambda e: (-scores[e], -e))
+    best = sorted((e for e, (lod, _) in enumerate(context.entries) if lod > 0), key=lambda e: (-scores[e], -e))[:edits]
+    best = [e for e in best if scores[e] > high]
+    means = {g: sum(scores[g : g + r]) / r for g in collapsible(context, tail).tolist()}
     room, expand, collapse = budget - len(context), [], []
-    for entry in wanting:
-        if room >= r - 1 and edits >= 1:
+    for entry in best:
+        if room >= r - 1:
             expand.append(entry)
             room, edits = room - (r - 1), edits - 1
-        elif groups and edits >= 2:
-            collapse.append(groups.pop(0)[1])
-            expand.append(entry)
-            edits -= 2
-        else:
+            continue
+        if edits < 2:
             break
+        if any(entry in range(g, g + r) for g in collapse):
+            continue
+        whole = [g for g in means if g not in collapse and not {entry, *expand} & set(range(g, g + r))]
+        worst = min(whole, key=lambda g: (means[g], g), default=None)
+        if worst is None or scores[entry] - means[worst] <= low + high:
+            continue
+        collapse.append(worst)
+        expand.append(entry)
+        edits -= 2
     return sorted(expand), sorted(collapse)
 
 
@@ -108,8 +109,8 @@ def test_laws_hold_over_a_long_session(seed: int, kind: str, max_lod: int | None
 def test_a2_scores_inside_the_thresholds_give_no_edit() -> None:
     context = WorkingContext.by_age(500, R, 60, 8)
     allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=8))
-    for value in (-0.1, 0.0, 0.1):
-        after, report = allocator.refocus(context, lambda c, value=value: np.full(len(c), value))
+    for value in (-0.1, 0.0, 0.1, np.random.default_rng(0).uniform(-0.1, 0.1, len(context))):
+        after, report = allocator.refocus(context, lambda c, value=value: np.broadcast_to(value, len(c)))
         assert after == context
         assert report.edits == 0
     after, report = allocator.refocus(context, lambda c: np.full(len(c), -1.0))

@@ -26,8 +26,10 @@ _EXTEND_ENTRIES = 4096  # raw entries that a long append adds before it makes ro
 class AllocatorConfig:
     """Settings of the focus allocator. `budget` and `recent_tokens` in entries, thresholds on scores in [-1, 1].
 
-    `max_replacements` is edits per iteration, `iterations` per refocus; `cooldown` is refocuses in which an edit is not
-    reversed; the `sample_*` settings are of stochastic_greedy. Raises UserError for values that cannot be.
+    An entry above the first may be expanded; where room is short, a group collapses for it whose mean is below its score
+    by both together. `max_replacements` is edits per iteration, `iterations` per refocus; `cooldown` is
+    refocuses in which an edit is not reversed; the `sample_*` settings are of stochastic_greedy. Raises UserError for
+    values that cannot be.
     """
 
     budget: int
@@ -70,7 +72,7 @@ class AllocatorConfig:
 class FocusAllocator:
     """Turns scores into edits within a budget, and remembers what it did, so that nothing flickers.
 
-    A positive score wants detail, a negative one can be coarser. A refocus always ends (at most `iterations` rounds of
+    The higher the score, the more detail is wanted. A refocus always ends (at most `iterations` rounds of
     `max_replacements` edits), depends on the seed, the scores and its own past alone, and makes legal edits only.
     """
 
@@ -185,25 +187,40 @@ class FocusAllocator:
         self._known = WorkingContext.from_entries(known, block_size) if known else None
 
     def _choose(self, context: WorkingContext, scores: F64, iteration: int, headroom: int) -> Edits:
-        """One round of the knapsack: the best expansions; where room is short, each pays with the worst group."""
+        """One round of the knapsack: the best entries above the threshold are expanded, into free room first; then each
+        pays with the worst group, if it scores above the group's mean by both thresholds.
+
+        So whether something pays is a question of the difference, wherever the scores of the context lie as a whole.
+        """
         config, r = self.config, context.block_size
-        wants = (context.lod > 0) & (scores > config.expand_threshold)
-        wants &= ~self._is_recent(_keys(context.lod, context.index), _COLLAPSE)
-        expand = np.flatnonzero(wants)
-        groups = collapsible(context, config.recent_tokens, config.max_lod)
-        means = _group_means(context, groups, scores)
-        may = (means < -config.collapse_threshold) & ~self._is_recent(_parents(context, groups), _EXPAND)
-        may &= ~wants[groups[:, None] + np.arange(r)].any(1)
-        groups, means = groups[may], means[may]
-        room = max(0, config.budget - headroom - len(context)) // (r - 1)
-        free = min(room, config.max_replacements)
-        swaps = min(len(groups), (config.max_replacements - free) // 2)
-        count = min(len(expand), free + swaps)
-        paid = max(0, count - room)
         rng = np.random.default_rng([config.seed, self.refocuses, iteration])
-        best = self._pick(scores[expand], -expand, count, rng)  # of equals the newest
-        worst = self._pick(-means, groups, paid, rng)  # of equals the oldest
-        return Edits(np.sort(expand[best]), np.sort(groups[worst]))
+        wants = (context.lod > 0) & (scores > config.expand_threshold)
+        finer = np.flatnonzero(wants & ~self._is_recent(_keys(context.lod, context.index), _COLLAPSE))
+        finer = finer[self._pick(scores[finer], -finer, config.max_replacements, rng)]  # of equals the newest
+        free = max(0, config.budget - headroom - len(context)) // (r - 1)
+        groups = collapsible(context, config.recent_tokens, config.max_lod)
+        groups = groups[~self._is_recent(_parents(context, groups), _EXPAND)]
+        means = _group_means(context, groups, scores)
+        coarser = self._pick(-means, groups, len(groups), rng)  # of equals the oldest
+        expand, collapse = finer[:free].tolist(), list[int]()
+        for entry in finer[free:].tolist():
+            if len(expand) + len(collapse) + 2 > config.max_replacements:
+                break
+            if any(first <= entry < first + r for first in collapse):
+                continue
+            paying = next(
+                (at for at in coarser.tolist() if self._may_pay(int(groups[at]), expand, collapse, entry, r)), None
+            )
+            if paying is None or scores[entry] - means[paying] <= config.expand_threshold + config.collapse_threshold:
+                continue
+            expand.append(entry)
+            collapse.append(int(groups[paying]))
+        return Edits(np.sort(np.array(expand, np.int64)), np.sort(np.array(collapse, np.int64)))
+
+    @staticmethod
+    def _may_pay(group: int, expand: list[int], collapse: list[int], entry: int, r: int) -> bool:
+        """Whether a group, given by its first entry, is still whole and not what is to be expanded."""
+        return group not in collapse and not any(group <= at < group + r for at in (*expand, entry))
 
     def _pick(self, values: F64, tie: I64, count: int, rng: np.random.Generator) -> I64:
         """Numbers of `count` items, the highest values first; drawn from the best few when the allocator is stochastic."""
@@ -211,7 +228,7 @@ class FocusAllocator:
         if self.config.kind == "greedy":
             return order[:count]
         pool, picked = order.tolist(), []
-        for _ in range(count):
+        for _ in range(min(count, len(pool))):
             best = pool[: self.config.sample_top_k]
             weights = np.exp((values[best] - values[best[0]]) / self.config.sample_temperature)
             picked.append(pool.pop(int(rng.choice(len(best), p=weights / weights.sum()))))
