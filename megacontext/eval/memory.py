@@ -3,9 +3,9 @@
 At one budget of W entries every method shows the model N tokens of history; then H tokens follow, raw. What `window`
 loses and `full` does not is what far context is worth; a method's CGR is the share of it that it recovers.
 
-The budget holds at every token: methods that choose entries get W - H of them for the history. `window` and `sinks`
-drop tokens one at a time and get W, so with the continuation they see up to H more than they may: the comparison errs
-in their favour. `full` is raw text as far back as `full_tokens`.
+The budget holds at every token. Methods that choose entries get W - H of them for the history, and what follows fills
+the rest; `window` and `sinks` drop a token for every one that follows, so each of their predictions is made from W: what
+is left of the comparison's bias is in their favour. `full` is raw text as far back as `full_tokens`.
 """
 
 from __future__ import annotations
@@ -126,9 +126,12 @@ def measure(
             prompts = [Prompt(p.history, (), evidence) for p, evidence in zip(prompts, tokens, strict=True)]
         for method in methods:
             shown = [_layout(method, p, settings, windows.horizon, k) for p, k in zip(prompts, numbers, strict=True)]
-            scores = score_continuation(model, shown, following)
+            if method in ("window", "sinks"):
+                nll = _rolled(method, prompts, following, settings)
+            else:
+                nll = score_continuation(model, shown, following).nll
             mine = losses[method]
-            mine.nll += list(scores.nll)
+            mine.nll += list(nll)
             mine.entries += [len(one) for one in shown]
             mine.flops += [one.flops for one in shown]
             mine.raw += [one.context.index[one.context.lod == 0] for one in shown]
@@ -241,6 +244,16 @@ def substitution(model: GPT, windows: Windows, settings: Settings, count: int, b
 def _layout(method: str, prompt: Prompt, settings: Settings, horizon: int, window: int) -> Layout:
     room = settings.room(method, horizon, prompt.tokens)
     return layout("window" if method == "full" else method, prompt, room, settings.tail, settings.seed + window)
+
+
+def _rolled(method: str, prompts: list[Prompt], following: I64, settings: Settings) -> F64:
+    """NLL [B, H] of the tokens that follow, each predicted from the W entries that a window holds just before it."""
+    shown = [
+        _layout(method, Prompt(prompt.history, row[:done]), settings, len(row), 0)
+        for prompt, row in zip(prompts, following, strict=True)
+        for done in range(len(row))
+    ]
+    return score_continuation(prompts[0].model, shown, following.reshape(-1, 1)).nll.reshape(following.shape)
 
 
 def _best(prompt: Prompt, following: I64, settings: Settings) -> I64:
