@@ -22,7 +22,9 @@ from megacontext.model.norm import rms_norm
 from megacontext.model.rotary_entries import entry_rotary
 
 R, VOCAB, WIDTH = 4, 60, 32
-MEMORY = MemoryConfig(mc=1, block_size=R, routing_slots=2, routing_width=16, positional_type="slot")
+MEMORY = MemoryConfig(
+    mc=1, block_size=R, routing_slots=2, routing_width=16, positional_type="slot", mc_recall_share=0.25
+)
 
 
 def make(memory: MemoryConfig | None = MEMORY, token_shift: bool = True, seed: int = 0) -> GPT:
@@ -231,15 +233,19 @@ def test_what_a_model_cannot_do_is_refused() -> None:
     assert offered(MODEL) == tuple(METHODS)
     assert offered(VANILLA) == ("window", "sinks", "mean_age", "random", "bm25", "oracle", "full")
     assert "full" not in offered(MODEL, 16385)
-    assert "flat" not in offered(make(replace(MEMORY, routing_slots=0)))
-    assert "ours" in offered(make(replace(MEMORY, routing_slots=0)))
+    for untrained in ({"routing_slots": 0}, {"mc_recall_share": 0.0}):  # no task has taught the router anything
+        model = make(replace(MEMORY, **untrained))
+        assert set(METHODS) - set(offered(model)) == {"flat"}
+        prompt = prompt_of(model, 200, 2)
+        assert LensScorer(model, prompt.tree("learned"), 6).found is None
+    assert LensScorer(MODEL, prompt_of(MODEL, 200, 2).tree("learned"), 6).found is not None
     assert choose_methods(VANILLA, []) == offered(VANILLA)
     assert choose_methods(MODEL, ["ours", "window"]) == ("ours", "window")
     with pytest.raises(UserError, match="'ours' needs a model that was trained with --mc; here are window,"):
         choose_methods(VANILLA, ["window", "ours"])
     with pytest.raises(UserError, match="'theirs' is unknown; choose from window,"):
         choose_methods(MODEL, ["theirs"])
-    with pytest.raises(UserError, match="needs routing keys"):
+    with pytest.raises(UserError, match="needs trained routing keys"):
         layout("flat", prompt_of(make(replace(MEMORY, routing_slots=0)), 50, 0), 40, 6)
     with pytest.raises(UserError, match="a history of 3 tokens is shorter than a block of 4"):
         History(MODEL, np.zeros(3, np.int64))

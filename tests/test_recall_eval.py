@@ -29,7 +29,7 @@ def make(tokenizer: Tokenizer, memory: bool) -> GPT:
     shape = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
     model = GPT(shape)
     if memory:
-        model.attach_memory(MemoryConfig(mc=1, block_size=8, routing_slots=2, routing_width=16))
+        model.attach_memory(MemoryConfig(mc=1, block_size=8, routing_slots=2, routing_width=16, mc_recall_share=0.25))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():

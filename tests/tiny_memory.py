@@ -22,7 +22,14 @@ def make_model(positional_type: str = "slot", vocab_size: int = VOCAB) -> GPT:
     shape = dict(sequence_len=64, vocab_size=vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = GPT(GPTConfig(**shape, token_shift=True))
     model.attach_memory(
-        MemoryConfig(mc=1, block_size=BLOCK, routing_slots=2, routing_width=8, positional_type=positional_type)
+        MemoryConfig(
+            mc=1,
+            block_size=BLOCK,
+            routing_slots=2,
+            routing_width=8,
+            positional_type=positional_type,
+            mc_recall_share=0.25,
+        )
     )
     generator = torch.Generator().manual_seed(1)
     model.init_weights(generator)

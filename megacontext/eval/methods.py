@@ -322,8 +322,8 @@ def _missing(method: str, model: GPT, tokens: int) -> str:
     """What a method lacks; empty when it lacks nothing."""
     if method in ("gist_age", "flat", "ours") and model.memory is None:
         return "a model that was trained with --mc"
-    if method == "flat" and model.memory is not None and model.memory.router is None:
-        return "routing keys (--routing_slots above 0)"
+    if method == "flat" and model.memory is not None and not model.memory.routes:
+        return "trained routing keys (--routing_slots and --mc_recall_share above 0)"
     if method == "full" and tokens > FULL_TOKENS:
         return f"a prompt of at most {FULL_TOKENS} tokens, not {tokens}"
     return ""

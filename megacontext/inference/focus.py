@@ -54,7 +54,8 @@ class LensScorer:
 
     The search runs once; LensNet once for every context it is asked about. Entries over a found block are raised by
     the probability that the block is the one asked for, and everything else is lowered in proportion: detail that
-    nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out, `route=False` the search.
+    nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out, `route=False` the search;
+    a memory whose router was not trained does not search.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class LensScorer:
         self.found: Found | None = None
         self.probability = np.empty(0)
         before = max(0, tree.tokens - tail) // tree.block_size * tree.block_size
-        if route and self.memory.router is not None and before and tree.tokens:
+        if route and self.memory.routes and before and tree.tokens:
             newest = tree.ids(max(0, tree.tokens - QUERY_TOKENS), tree.tokens)[None].to(model.device)
             with torch.no_grad():
                 query = self.memory.query(newest)[0]

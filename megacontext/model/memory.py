@@ -107,6 +107,11 @@ class Memory(nn.Module):
         slots = self.config.routing_slots
         return records[..., self.width :].reshape(*records.shape[:-1], slots, self.config.routing_width)
 
+    @property
+    def routes(self) -> bool:
+        """Whether there is a router, and recall tasks to train it: nothing else does, and what it then finds is noise."""
+        return self.router is not None and self.config.mc_recall_share > 0
+
     def query(self, ids: torch.Tensor) -> torch.Tensor:
         """Unit routing queries [B, K] of the newest raw ids [B, Q]; at most the last 32 count."""
         assert self.router is not None
