@@ -125,8 +125,9 @@ def test_the_lens_is_asked_about_contexts_that_fade_with_age_too() -> None:
     shown = raw_blocks(draw_views(views, 0, np.arange(40), 0.1).reference, views.blocks)
     newest = np.arange(views.blocks) >= views.blocks - room
     assert room > 0
-    assert (shown[::2] == newest).all()
-    assert (shown[1::2] != newest).any(1).mean() > 0.5
+    assert shown[::2].any()
+    assert not shown[::2][:, ~newest].any()  # what is raw is near; how much is raw is drawn, as for the others
+    assert shown[1::2][:, ~newest].any()
 
 
 def test_a_run_may_start_with_short_variants() -> None:
