@@ -109,8 +109,8 @@ class ViewSettings:
 @dataclass(frozen=True)
 class StepViews:
     """Views of a micro-batch: variant n of row b is view b·N + n; `reference` has one view of each row's first
-    T - horizon tokens, of the length that training ends with, whatever the curriculum says. Rows at even positions have
-    their newest blocks raw there, as contexts have that a refocus begins with."""
+    T - horizon tokens, of the length that training ends with, whatever the curriculum says. What rows at
+    even positions show raw there lies next to the tail, as in the contexts that a refocus begins with."""
 
     variants: ViewPlan
     reference: ViewPlan
