@@ -30,7 +30,8 @@ def make(memory: bool = True, token_shift: bool = False) -> GPT:
     if model.memory is not None:
         assert model.memory.router is not None
         model.memory.router.log_scale.data.fill_(4.0)
-        model.memory.router.recency.data[:-1] = -20.0  # only the newest window asks
+        model.memory.router.recency.data[:-1] = -20.0  # only the newest window asks,
+        model.memory.router.recency.data[-1] = 20.0  # and it does
     return model.eval()
 
 

@@ -155,7 +155,7 @@ def test_route_raises_a_score_to_certainty() -> None:
 def test_route_logits_are_matches_over_all_blocks() -> None:
     _, memory = trained()
     records = memory.leaf(ids_of(1, 6, 4))[0]
-    query = memory.query(ids_of(3, 9))
+    query, _ = memory.query(ids_of(3, 9))
     keys = memory.keys(records)
     assert memory.router is not None
     want = memory.router.logits(torch.stack([memory.match(q, keys) for q in query]))
@@ -167,7 +167,7 @@ def test_a_query_finds_the_block_with_its_words_even_untrained() -> None:
     _, memory = make(replace(SMALL, block_size=8, routing_width=64))
     ids = ids_of(1, 16, 8, seed=5)
     question = ids[0, 11, 2:6]
-    logits = memory.route_logits(memory.query(question[None]), memory.keys(memory.leaf(ids))[0])
+    logits = memory.route_logits(memory.query(question[None])[0], memory.keys(memory.leaf(ids))[0])
     assert int(logits.argmax()) == 11
 
 

@@ -308,6 +308,7 @@ def test_metrics_are_those_of_the_specification() -> None:
         "token_loss", "lens_loss", "gist_loss", "variants_total", "variants_mean", "adv_delta_mean", "adv_delta_p95",
         "adv_delta_std", "lod_loss/0", "lod_count/0", "lod_loss/1", "lod_count/1", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "route_loss", "route_accuracy",
+        "route_asked", "route_quiet",
     }  # fmt: skip
     assert {f"mc/{name}" for name in named} <= metrics.keys()
     assert metrics["mc/variants_total"] == ROWS * 3
@@ -318,8 +319,7 @@ def test_routing_asks_at_the_question_and_offers_only_what_was_read() -> None:
     views = ViewSettings.of(TASKS, T)
     batch = RecallMix(1.0, 3, WORDS, T + 1, 8).mixed(new_batch(3))
     assert isinstance(batch, RecallBatch)
-    questions = route_tensors(views, batch, CPU)
-    assert questions is not None
+    questions = route_tensors(views, 3, batch, CPU)
     blocks, number = T // 8, 0
     for row in range(3):
         for position, evidence, earlier in zip(

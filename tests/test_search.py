@@ -34,7 +34,7 @@ def test_uncapped_search_is_a_scan(model: GPT, tokens: int, seed: int) -> None:
     assert model.memory is not None
     tree = Tree(model.memory)
     tree.append(history(tokens, seed))
-    query = model.memory.query(torch.from_numpy(history(9, seed + 100))[None])[0].detach()
+    query = model.memory.query(torch.from_numpy(history(9, seed + 100))[None])[0][0].detach()
     for before in (tokens, tokens - 8, tokens // 2):
         found = search(tree, model.memory, query, 5, 10**9, before)
         wanted = scan(tree, model.memory, query, 5, before)
@@ -48,7 +48,7 @@ def test_a_parent_bounds_its_children(model: GPT) -> None:
     assert model.memory is not None
     tree = Tree(model.memory)
     tree.append(history(4096, 5))
-    query = model.memory.query(torch.from_numpy(history(9, 6))[None])[0].detach()
+    query = model.memory.query(torch.from_numpy(history(9, 6))[None])[0][0].detach()
     match = [
         model.memory.match(query, model.memory.keys(tree.record_range(level, 0, tree.count(level))))
         for level in range(1, tree.levels + 1)
@@ -61,7 +61,7 @@ def test_a_cap_bounds_the_work_and_says_so(model: GPT) -> None:
     assert model.memory is not None
     tree = Tree(model.memory)
     tree.append(history(4096, 7))
-    query = model.memory.query(torch.from_numpy(history(9, 8))[None])[0].detach()
+    query = model.memory.query(torch.from_numpy(history(9, 8))[None])[0][0].detach()
     found = search(tree, model.memory, query, 5, 3, 4096)
     assert found.visits <= 3
     assert not found.exact
@@ -73,7 +73,7 @@ def test_nothing_to_find_before_the_first_block(model: GPT) -> None:
     assert model.memory is not None
     tree = Tree(model.memory)
     tree.append(history(40, 9))
-    query = model.memory.query(torch.from_numpy(history(9, 10))[None])[0].detach()
+    query = model.memory.query(torch.from_numpy(history(9, 10))[None])[0][0].detach()
     found = search(tree, model.memory, query, 5, 100, 7)
     assert len(found.block) == 0
     assert found.exact

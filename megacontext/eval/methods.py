@@ -261,7 +261,7 @@ def _flat(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _
     assert memory is not None
     with torch.no_grad():
         newest = tree.ids(max(0, tree.tokens - QUERY_TOKENS), tree.tokens)[None].to(prompt.model.device)
-        found = scan(tree, memory, memory.query(newest)[0], budget // tree.block_size, tree.tokens - tail)
+        found = scan(tree, memory, memory.query(newest)[0][0], budget // tree.block_size, tree.tokens - tail)
     return replace(
         _expanded(prompt, found.block, budget, tail),
         flops=routing_key_flops(prompt.model.config, memory.config, QUERY_TOKENS)

@@ -53,9 +53,9 @@ class LensScorer:
     """Scores of a context for the query that the newest tokens are: a `ScoreFunction` of the allocator.
 
     The search runs once; LensNet once for every context it is asked about. Entries over a found block are raised by
-    the probability that the block is the one asked for, and everything else is lowered in proportion: detail that
-    nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out, `route=False` the search;
-    a memory whose router was not trained does not search.
+    the probability that something is asked and the block is the one that answers, and everything else is lowered in
+    proportion: detail that nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out,
+    `route=False` the search; a memory whose router was not trained does not search.
     """
 
     def __init__(
@@ -71,14 +71,17 @@ class LensScorer:
         assert model.memory is not None
         self.model, self.tree, self.memory, self.lens = model, tree, model.memory, lens
         self.found: Found | None = None
+        self.asked = 0.0  # probability that the newest tokens ask for something
         self.probability = np.empty(0)
         before = max(0, tree.tokens - tail) // tree.block_size * tree.block_size
         if route and self.memory.routes and before and tree.tokens:
             newest = tree.ids(max(0, tree.tokens - QUERY_TOKENS), tree.tokens)[None].to(model.device)
             with torch.no_grad():
-                query = self.memory.query(newest)[0]
+                queries, asked = self.memory.query(newest)
+                query = queries[0]
                 self.found = find(query) if find else search(tree, self.memory, query, TOP_K, MAX_VISITS, before)
-                self.probability = self._probability(self.found)
+                self.asked = float(asked.sigmoid())
+                self.probability = self.asked * self._probability(self.found)
 
     @torch.no_grad()
     def __call__(self, context: WorkingContext) -> F64:
@@ -109,8 +112,8 @@ class LensScorer:
         return np.minimum(route, 1.0)
 
     def _probability(self, found: Found) -> F64:
-        """Softmax of the matches over all blocks that were read. Among those that match alike only age counts: the
-        newest is the likeliest."""
+        """Softmax of the matches over all blocks that were read, given that something is asked. Among those that match
+        alike only age counts: the newest is the likeliest."""
         assert self.memory.router is not None
         matches = torch.from_numpy(np.concatenate([found.match, found.others]))
         logits = self.memory.router.logits(matches.to(self.model.device))

@@ -112,8 +112,9 @@ class Memory(nn.Module):
         """Whether there is a router, and recall tasks to train it: nothing else does, and what it then finds is noise."""
         return self.router is not None and self.config.mc_recall_share > 0
 
-    def query(self, ids: torch.Tensor) -> torch.Tensor:
-        """Unit routing queries [B, K] of the newest raw ids [B, Q]; at most the last 32 count."""
+    def query(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit routing queries [B, K] of the newest raw ids [B, Q], and the logits [B] that they ask for something; at
+        most the last 32 ids count."""
         assert self.router is not None
         x = self._aux(self.embed(ids[:, -QUERY_TOKENS:], None))
         return self.router.query(x.detach())
@@ -126,7 +127,7 @@ class Memory(nn.Module):
         """Logits [n, N] of n queries [n, K] over N blocks' keys [N, S, K], for a softmax over the blocks."""
         assert self.router is not None
         flat = query @ keys.flatten(0, 1).T
-        return self.router.logits(flat.view(len(query), len(keys), -1).amax(-1))
+        return self.router.logits(flat.view(len(query), *keys.shape[:2]).amax(-1))
 
     def lens_logits(
         self, x: torch.Tensor, lod: torch.Tensor, rotary: Rotary, valid: torch.Tensor | None = None

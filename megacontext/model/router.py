@@ -3,6 +3,9 @@
 A token's feature is a non-negative unit vector of the four tokens that end there. A key is the largest of the features
 of the tokens it covers, number by number, and a parent's key the largest of its children's; so a node's match with a
 query bounds every match below it, and best-first descent of the tree finds what a flat scan would.
+
+A query is a mixture of the newest tokens' features, by how much each of them asks; that none of them does is one more
+choice of that softmax, at a logit of zero. So most text asks nothing, and then whatever matches best is not wanted.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ class Router(nn.Module):
         feature, _ = self.features(x)
         return feature.view(len(x), self.slots, -1, self.width).amax(2)
 
-    def query(self, x: torch.Tensor) -> torch.Tensor:
-        """Embeddings of the newest tokens [N, Q, D], Q <= 32, to unit queries [N, K]: which tokens ask is learned."""
+    def query(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the newest tokens [N, Q, D], Q <= 32, to unit queries [N, K] and the logits [N] that something
+        is asked: which tokens ask, and whether any does, is learned."""
         feature, hidden = self.features(x)
         asks = self.gate(hidden).squeeze(-1).float() + self.recency[-x.shape[1] :]
         mixed = torch.einsum("nq,nqk->nk", asks.softmax(-1), feature)
-        return nn.functional.normalize(mixed, dim=-1, eps=1e-6)
+        return nn.functional.normalize(mixed, dim=-1, eps=1e-6), asks.logsumexp(-1)
 
     def logits(self, match: torch.Tensor) -> torch.Tensor:
         """Matches to logits of a softmax over nodes, at the learned scale."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megacontext.context.gist_function import build_levels
@@ -94,7 +95,7 @@ class MemoryObjective:
             variants = view_tensors(self.model, settings, views.variants, targets, device, heavy, text)
         if len(text) and (settings.variants > 1 or config.mc_max_counterfactuals or config.mc_lens_attention_weight):
             lens = lens_tensors(self.model, settings, views.reference, views.variants, text, device)
-        questions = route_tensors(settings, batch, device) if self.memory.router is not None else None
+        questions = route_tensors(settings, self.seed, batch, device) if self.memory.routes else None
         watch.mark("controller")
 
         ids = batch.inputs.to(device, non_blocking=True)
@@ -250,14 +251,21 @@ class MemoryObjective:
         )
 
     def _route(self, leaves: Tensor, questions: RouteTensors) -> Tensor:
+        """Loss of finding the block that answers, and of telling questions from text that asks nothing."""
         keys = self.memory.keys(leaves).flatten(0, 1)
-        logits = self.memory.route_logits(self.memory.query(questions.windows), keys)
-        found = route(logits, questions.allowed, questions.evidence, questions.share)
-        count = questions.weights.numel()
+        count, quiet = len(questions.windows), len(questions.quiet)
+        queries, asked = self.memory.query(torch.cat([questions.windows, questions.quiet]))
+        found = route(
+            self.memory.route_logits(queries[:count], keys), questions.allowed, questions.evidence, questions.share
+        )
         self.meter.add("route_loss", found.loss.detach().sum(), count)
         self.meter.add("route_accuracy", found.correct.sum(), count)
+        self.meter.add("route_asked", asked[:count].sigmoid().sum(), count)
+        self.meter.add("route_quiet", asked[count:].sigmoid().sum(), quiet)
+        heard = ((found.loss + F.softplus(-asked[:count])) * questions.weights).sum()
+        ignored = (F.softplus(asked[count:]) * questions.quiet_weights).sum()
         expected = self.rows_per_step * self.config.mc_recall_share  # rows with questions in a step
-        return (found.loss * questions.weights).sum() * self.world_size / expected
+        return (heard / expected + ignored / self.rows_per_step) * self.world_size
 
     def finish(self, totals: list[float]) -> dict[str, float]:
         """Metrics `mc/…` of a step from the meter's totals, summed over the workers; every worker must call it."""
@@ -298,6 +306,7 @@ def _metric_names(settings: ViewSettings) -> tuple[str, ...]:
     levels = range(settings.max_lod + 1)
     return (
         "token_loss", "answer_loss", "gist_loss", "gist_ce", "gist_kl", "gist_penalty", "lens_loss", "route_loss", "route_accuracy",
+        "route_asked", "route_quiet",
         "adv_delta_mean", "adv_delta_std", "adv_delta_p95", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "gap_square", "score_mean",
         "utility_square", "attention_corr", *(f"lens_{name}" for name in LENS_TERMS), *(f"lod_loss/{level}" for level in levels),

@@ -1,7 +1,7 @@
 """Everything that a training step with a memory has to know and that is integers: made on the CPU, moved once.
 
 Shapes: B rows, T tokens, N variants of a row, V = B·N views of L entries, H horizon, n blocks before the tail, r block
-size, M entries with a target, Q questions.
+size, M entries with a target, Q questions, Z windows without one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from megacontext.model.gpt import GPT
 from megacontext.model.rotary import Rotary
 from megacontext.model.router import QUERY_TOKENS
 from megacontext.train.recall_mix import RecallBatch
-from megacontext.train.views import ViewSettings, entry_of_token, raw_blocks
+from megacontext.train.views import RowRandom, ViewSettings, entry_of_token, raw_blocks
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
+
+QUIET_WINDOWS = 8  # of a row, to learn from that most text asks nothing
+_QUIET = -4  # the number under which `RowRandom` draws them
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ class RouteTensors:
     """Questions with a known answer: `windows` [Q, 32] the ids that end with each; `allowed` [Q, B·blocks], true for the
     blocks to choose from, all of other rows' and of its own those read by then, up to the last with a fact;
     `evidence` [Q, 3] the right one and, as good a match by what it says, those before it about the same key, in `share`
-    [Q, 3] of one; `weights` [Q], 1 over the questions of the row."""
+    [Q, 3] of one; `weights` [Q], 1 over the questions of the row.
+
+    And Z windows that ask nothing: `quiet` [Z, 32], `quiet_weights` [Z], 1 over those of the row."""
 
     windows: Tensor
     allowed: Tensor
     evidence: Tensor
     share: Tensor
     weights: Tensor
+    quiet: Tensor
+    quiet_weights: Tensor
 
 
 def level_counts(settings: ViewSettings) -> list[int]:
@@ -160,35 +167,59 @@ def lens_tensors(
     return LensTensors(shape=(len(text), chosen.lod.shape[1]), rotary=_rotary(model, chosen, device), **moved)
 
 
-def route_tensors(settings: ViewSettings, batch: Batch, device: torch.device) -> RouteTensors | None:
-    """Tensors of the questions of a micro-batch; None when it has none."""
-    if not isinstance(batch, RecallBatch):
-        return None
-    row, number = np.nonzero(batch.question_position >= QUERY_TOKENS - 1)
-    if not len(row):
-        return None
-    position = batch.question_position[row, number]
-    latest, earlier = batch.evidence_block[row, number][:, None], batch.earlier_block[row, number]
-    there = np.concatenate([latest, earlier], 1) >= 0
-    evidence = np.concatenate([latest, np.where(earlier >= 0, earlier, latest)], 1)
+def route_tensors(settings: ViewSettings, seed: int, batch: Batch, device: torch.device) -> RouteTensors:
+    """Tensors of the questions of a micro-batch, none if it has none, and of places drawn in every row where nothing is
+    asked: anywhere in text, before the first question in a task, whose facts state and do not ask."""
     blocks, r = settings.tokens // settings.block_size, settings.block_size
-    columns = position[:, None] + np.arange(1 - QUERY_TOKENS, 1)
-    known = (position + 1 - QUESTION_TOKENS) // r  # blocks that were complete before the question
-    facts = batch.evidence_block.max(1)[row] + 1  # behind them stand answers to the same questions
+    row, position, evidence, share, known = _questions(batch, r)
     owner, block = np.divmod(np.arange(len(batch.ids) * blocks), blocks)
-    allowed = (owner != row[:, None]) | (block < np.minimum(known, facts)[:, None])
+    allowed = (owner != row[:, None]) | (block < known[:, None])
+    quiet_row, quiet = _quiet(seed, batch)
+    ids, columns = batch.ids.numpy(), np.arange(1 - QUERY_TOKENS, 1)
     return RouteTensors(
         **_moved(
             {
-                "windows": batch.ids.numpy()[row[:, None], columns],
+                "windows": ids[row[:, None], position[:, None] + columns],
                 "allowed": allowed,
                 "evidence": row[:, None] * blocks + evidence,
-                "share": (there / there.sum(1, keepdims=True)).astype(np.float32),
+                "share": share,
                 "weights": 1.0 / np.bincount(row)[row],
+                "quiet": ids[quiet_row[:, None], quiet[:, None] + columns],
+                "quiet_weights": 1.0 / np.bincount(quiet_row)[quiet_row],
             },
             device,
         )
     )
+
+
+def _questions(batch: Batch, block_size: int) -> tuple[I64, I64, I64, F32, I64]:
+    """Row [Q], last token [Q], evidence blocks [Q, 3] and their shares [Q, 3] of the questions that a whole query window
+    ends with; and the number of blocks [Q] of the row that may answer."""
+    if not isinstance(batch, RecallBatch):
+        none = np.empty(0, np.int64)
+        return none, none, np.empty((0, 1), np.int64), np.empty((0, 1), np.float32), none
+    row, number = np.nonzero(batch.question_position >= QUERY_TOKENS - 1)
+    position = batch.question_position[row, number]
+    latest, earlier = batch.evidence_block[row, number][:, None], batch.earlier_block[row, number]
+    there = np.concatenate([latest, earlier], 1) >= 0
+    evidence = np.concatenate([latest, np.where(earlier >= 0, earlier, latest)], 1)
+    complete = (position + 1 - QUESTION_TOKENS) // block_size  # blocks that were complete before the question
+    facts = batch.evidence_block.max(1)[row] + 1  # behind them stand answers to the same questions
+    share = (there / there.sum(1, keepdims=True)).astype(np.float32)
+    return row, position, evidence, share, np.minimum(complete, facts)
+
+
+def _quiet(seed: int, batch: Batch) -> tuple[I64, I64]:
+    """Rows and last tokens [Z] of query windows in which nothing is asked, the same wherever a row is trained."""
+    end = np.full(len(batch.ids), batch.ids.shape[1] - 1)  # of the places to draw from; the last id is only a target
+    if isinstance(batch, RecallBatch):
+        asked = np.where(batch.question_position >= 0, batch.question_position + 1 - QUESTION_TOKENS, end[:, None])
+        end = np.minimum(end, asked.min(1))
+    rows = np.flatnonzero(end >= QUERY_TOKENS)
+    drawn = RowRandom(seed, batch.positions[rows], np.full(len(rows), _QUIET)).random((len(rows), QUIET_WINDOWS))
+    first = QUERY_TOKENS - 1
+    place = first + (drawn * (end[rows, None] - first)).astype(np.int64)
+    return np.repeat(rows, QUIET_WINDOWS), place.reshape(-1)
 
 
 def kept_blocks(settings: ViewSettings, batch: Batch, entries: int) -> Bool:

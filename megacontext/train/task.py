@@ -11,6 +11,9 @@ from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model import flops
 from megacontext.model.flops import count_params, train_flops_per_token
+from megacontext.model.router import QUERY_TOKENS
+from megacontext.train.recall_mix import QUESTIONS
+from megacontext.train.step_plan import QUIET_WINDOWS
 from megacontext.train.views import ViewSettings
 
 # What may change between two starts of the same run without changing what it computes.
@@ -90,6 +93,9 @@ class TrainTask:
         once = views.tokens * flops.forward_flops_per_token(gpt, views.tokens)
         once += views.variants * entries * flops.forward_flops_per_token(gpt, entries)
         once += flops.tree_flops(gpt, memory, views.tokens)
+        if memory.routing_slots and memory.mc_recall_share:
+            queries = QUIET_WINDOWS + memory.mc_recall_share * QUESTIONS
+            once += flops.routing_key_flops(gpt, memory, int(queries * QUERY_TOKENS))
         once += flops.lens_flops(gpt, memory, views.length(views.last_entries) - views.horizon)
         single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
         edits = min(memory.mc_max_counterfactuals, views.blocks) * single
