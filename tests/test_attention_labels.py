@@ -43,7 +43,9 @@ def test_block_attention_is_what_the_newest_tokens_of_a_forward_pass_attend_to(k
                     for number in range(blocks):
                         first = max(1, number * BLOCK)  # the first token of a row does not count
                         expected[row, number] += weights[first : (number + 1) * BLOCK].sum() / (3 * 4 * NEWEST)
-    found = block_attention(model, model.embed(ids), NEWEST, blocks, BLOCK)
+    read: list[torch.Tensor] = []
+    model.trunk(model.embed(ids), model.rotary_table.slice(0, TOKENS, ids.device), seen=read)
+    found = block_attention(model, read, NEWEST, blocks, BLOCK)
     assert torch.allclose(found, expected.detach(), atol=1e-6)
     assert not found.requires_grad
 

@@ -88,9 +88,8 @@ def test_flops_of_attention_labels_equal_those_torch_counts() -> None:
     model = GPT(CONFIG)
     model.init_weights()
     x = torch.randn(1, 64, 32)
-    attention = (CONFIG.n_layer - 1) * 64 * 4 * 32 * 64  # of the layers that are passed through
-    found = counted(lambda: block_attention(model, x, 5, 3, 8))
-    assert found + attention == attention_label_flops(CONFIG, 64, 5)
+    found = counted(lambda: block_attention(model, [x] * CONFIG.n_layer, 5, 3, 8))
+    assert found == attention_label_flops(CONFIG, 64, 5)
 
 
 def test_parts_that_a_memory_lacks_cost_nothing() -> None:

@@ -256,9 +256,10 @@ def test_attention_to_the_first_tokens_of_a_row_teaches_nothing() -> None:
     assert (first, blocks) == (1, 7)  # no more than a quarter
     assert first_labelled(62, 16) == 2
     scores = torch.zeros(2, blocks, requires_grad=True)
-    x = model.embed(batch.inputs).detach()
-    found = block_attention(model, x, objective.settings.horizon, blocks, 8)[:, first:]
-    loss = objective._attention(x, scores)
+    read: list[torch.Tensor] = []
+    model.trunk(model.embed(batch.inputs), model.rotary_table.slice(0, T, CPU), seen=read)
+    found = block_attention(model, read, objective.settings.horizon, blocks, 8)[:, first:]
+    loss = objective._attention(read, torch.arange(2), scores)
     assert loss.item() == pytest.approx(relative_scores(found).square().mean().item(), rel=1e-5)
     (grad,) = torch.autograd.grad(loss, scores)
     assert not grad[:, :first].any()

@@ -25,6 +25,7 @@ from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.context.gist_function import build_levels
 from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
+from megacontext.train.attention_labels import block_attention
 from megacontext.train.auto_batch import fitting_batch
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective, node_table
@@ -150,6 +151,10 @@ def _parts(stepper: Stepper, ids: Tensor, args: argparse.Namespace) -> dict[str,
         hidden = torch.zeros(len(ids), settings.tokens, model.config.n_embd, device=device)
         torch.autograd.backward(objective.variants_loss(table.clone().requires_grad_(), variants, hidden)[0])
 
+    def labels() -> None:
+        read = [torch.zeros(len(ids), settings.tokens, model.config.n_embd, device=device)] * model.config.n_layer
+        block_attention(model, read, settings.horizon, settings.blocks, settings.block_size)
+
     def lens_scores() -> None:
         entries = table.index_select(0, lens.gather).view(*lens.shape, -1)
         torch.autograd.backward(memory.scores(entries, lens.level, lens.rotary).sum())
@@ -161,7 +166,7 @@ def _parts(stepper: Stepper, ids: Tensor, args: argparse.Namespace) -> dict[str,
 
     per_step = stepper.accum_steps
     times = {name: per_step * _timed(work, device) for name, work in
-             {"plans": plans, "gists": gists, "raw_rows": raw, "variants": variant_views, "lens": lens_scores}.items()}  # fmt: skip
+             {"plans": plans, "gists": gists, "raw_rows": raw, "variants": variant_views, "lens": lens_scores, "labels": labels}.items()}  # fmt: skip
     times["optimizer"] = _timed(optimizer, device)
     stepper.optimizer.zero_grad()
     return times

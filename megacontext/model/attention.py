@@ -29,9 +29,12 @@ def attend(
     products is 1/√K unless given.
     """
     queries, keys = q.shape[2], k.shape[2]
-    causal = mask is None and queries == keys and queries > 1
-    if mask is None and 1 < queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    causal = False
+    if mask is None and queries > 1:  # in statements: to a compiler lengths are symbols, and so is what compares them
+        if queries == keys:
+            causal = True
+        else:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

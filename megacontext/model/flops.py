@@ -72,12 +72,9 @@ def lens_flops(config: GPTConfig, memory: MemoryConfig, entries: int) -> float:
 
 
 def attention_label_flops(config: GPTConfig, tokens: int, newest: int) -> float:
-    """FLOPs of asking what the `newest` tokens of a row attend to: all layers' projections and those queries' scores,
-    and what the layers below the last one compute."""
-    width = config.n_embd
-    asked = 2.0 * tokens * (_qkv_params(config) + newest * width)
-    passed = tokens * (2.0 * (_qkv_params(config) + 9 * width * width) + 4.0 * width * tokens)
-    return config.n_layer * asked + (config.n_layer - 1) * passed
+    """FLOPs of asking what the `newest` tokens of a row that was read attend to: all layers' projections once more, and
+    those queries' scores."""
+    return config.n_layer * 2.0 * tokens * (_qkv_params(config) + newest * config.n_embd)
 
 
 def routing_key_flops(config: GPTConfig, memory: MemoryConfig, tokens: int) -> float:

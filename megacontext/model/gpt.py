@@ -158,14 +158,22 @@ class GPT(nn.Module):
         return entry_rotary(kind, positions, sigmas, slots, self.config.head_dim, self.config.sequence_len, end)
 
     def trunk(
-        self, x: torch.Tensor, rotary: Rotary, cache: KVCache | None = None, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        rotary: Rotary,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
+        seen: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """All blocks and the final norm: x [B, L, D] (token embeddings, later gists as well) to hidden [B, L, D].
 
         rotary: cos and sin, broadcast to [B, L, 1, K/2]. cache: earlier keys and values, extended by these. mask: bool,
-        broadcast to [B, H, L, length + L], True where attention may look; causal without it.
+        broadcast to [B, H, L, length + L], True where attention may look; causal without it. seen: a list that is given
+        the input [B, L, D] of every block.
         """
         for block in self.blocks:
+            if seen is not None:
+                seen.append(x)
             x = block(x, rotary, cache, mask)
         if cache is not None:
             cache.advance(x.shape[1])

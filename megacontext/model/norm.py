@@ -1,7 +1,7 @@
 """RMS norm without weights (Zhang and Sennrich, 2019, arXiv:1910.07467), with a backward that keeps only its output.
 
 Autograd through the plain formula keeps several copies of the input and walks over memory a dozen times; on a CPU that
-costs more than the attention it surrounds.
+costs more than the attention it surrounds. Under a compiler, which makes one kernel of it, the plain formula it is.
 """
 
 from __future__ import annotations
@@ -48,4 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """x / rms(x) over the last dimension; the result has `dtype`, that of x unless given. Any shape [..., D]."""
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula, and cannot trace the other in every case
+        full = x.to(wide(x.dtype))
+        return (full * full.square().mean(-1, keepdim=True).add(EPS).rsqrt()).to(dtype or x.dtype)
     return _RMSNorm.apply(x, dtype or x.dtype)  # type: ignore[no-any-return, no-untyped-call]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megacontext.model.norm import inverse_rms, norm_backward, wide
+from megacontext.model.norm import inverse_rms, norm_backward, rms_norm, wide
 
 BASE = 10_000.0
 
@@ -100,4 +100,8 @@ class _RotateNorm(torch.autograd.Function):
 
 def rotate_and_norm(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Rotate queries or keys x [B, T, H, K], then RMS-norm each head ("QK norm"); one autograd node, one saved copy."""
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula, and cannot trace the other in every case
+        dtype = wide(x.dtype)
+        cos, sin, (x1, x2) = rotary.cos.to(dtype), rotary.sin.to(dtype), x.to(dtype).chunk(2, dim=-1)
+        return rms_norm(torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], -1), x.dtype)
     return _RotateNorm.apply(x, rotary.cos, rotary.sin)  # type: ignore[no-any-return, no-untyped-call]

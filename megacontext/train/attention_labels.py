@@ -8,6 +8,8 @@ Shapes: B rows, T tokens, D width, H heads, Q newest tokens, n blocks before the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,17 +20,19 @@ SINK_TOKENS = 32  # of a row: attention rests on them whatever they say (Streami
 
 
 @torch.no_grad()
-def block_attention(model: GPT, x: Tensor, newest: int, blocks: int, block_size: int) -> Tensor:
+def block_attention(model: GPT, seen: Sequence[Tensor], newest: int, blocks: int, block_size: int) -> Tensor:
     """Attention [B, n] of the last Q tokens to each of the first n blocks: mean over tokens, heads and layers.
 
-    x [B, T, D]: inputs of the raw rows. A row's first token does not count: heads that look for nothing look there. What
-    else of that falls on a row's first blocks is left out of the lesson: `first_labelled`.
+    seen: what every layer got [B, T, D] when the rows were read raw (`GPT.trunk`). A row's first token does not count:
+    heads that look for nothing look there. What else of that falls on a row's first blocks is left out of the lesson:
+    `first_labelled`.
     """
-    rows, tokens, _ = x.shape
-    rotary = model.rotary_table.slice(0, tokens, x.device)
-    later = torch.ones(newest, tokens, dtype=torch.bool, device=x.device).triu(tokens - newest + 1)
-    total = x.new_zeros(rows, blocks, dtype=torch.float32)
-    for block in model.blocks:
+    rows, tokens, _ = seen[0].shape
+    device = seen[0].device
+    rotary = model.rotary_table.slice(0, tokens, device)
+    later = torch.ones(newest, tokens, dtype=torch.bool, device=device).triu(tokens - newest + 1)
+    total = torch.zeros(rows, blocks, device=device)
+    for block, x in zip(model.blocks, seen, strict=True):
         q, k, _ = block.attn.project(rms_norm(x), rotary)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = q[:, :, tokens - newest :] @ k.transpose(2, 3) / q.shape[3] ** 0.5
@@ -36,8 +40,6 @@ def block_attention(model: GPT, x: Tensor, newest: int, blocks: int, block_size:
         weights[..., 0] = 0.0
         old = weights[..., : blocks * block_size].mean((1, 2))
         total += old.view(rows, blocks, block_size).sum(2)
-        if block is not model.blocks[-1]:
-            x = block(x, rotary, None, None)
     return total / len(model.blocks)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megacontext import precision, storage
 from megacontext.data.recall_words import WordList
@@ -22,6 +23,7 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import load_weights
+from megacontext.model.rotary import Rotary
 from megacontext.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective
@@ -105,11 +107,14 @@ def memory_objective(
     """The objective of an `--mc` run, None without; `running` is what a checkpoint's `RunningScales` held."""
     if task.memory is None:
         return None
-    view_trunk = None
-    if precision.choose_compile(task.compile, model.device):  # by itself: a length after another would compile anew
-        view_trunk = torch.compile(partial(GPT.trunk, model), dynamic=True)
+    view_trunk = any_length_trunk(model) if precision.choose_compile(task.compile, model.device) else None
     scales = RunningScales(**running)
     return MemoryObjective(model, task.seed, task.rows_per_step, world_size, progress, scales, view_trunk)
+
+
+def any_length_trunk(model: GPT) -> Callable[[Tensor, Rotary], Tensor]:
+    """The trunk for variants, compiled by itself and once: with that of the rows, each new length would compile anew."""
+    return torch.compile(partial(GPT.trunk, model), dynamic=True)
 
 
 def recall_mix(task: TrainTask, tokenizer: Tokenizer) -> RecallMix | None:
