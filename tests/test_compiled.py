@@ -52,27 +52,26 @@ def test_compiled_twin_trains_as_the_model_does(monkeypatch: pytest.MonkeyPatch)
     same(grads, twin_grads)
 
 
-@pytest.mark.parametrize("kind", ["slot", "gaussian", "gaussian_alibi"])
-def test_a_step_with_a_memory_compiles_once_for_all_lengths(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_a_memory_compiles_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     trace(monkeypatch)
     results = []
     batch = Batch(torch.from_numpy(np.random.default_rng(0).integers(0, 64, (2, 65))), None, np.arange(2), np.arange(2))
     for compile_it in (False, True):
-        model = GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+        model = GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32))
         model.attach_memory(MemoryConfig(mc=1, block_size=4, routing_slots=2, routing_width=8, allocator_recent_tokens=12,
-                                         mc_num_random_variants=2, positional_type=kind))  # fmt: skip
+                                         mc_num_random_variants=2, positional_type="gaussian_alibi"))  # fmt: skip
         model.init_weights(torch.Generator().manual_seed(0))
         torch.nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(1))
         forward, views = (model.compiled(), any_length_trunk(model)) if compile_it else (model, None)
         objective = MemoryObjective(forward, 5, 2, 1, lambda step: step / 4, RunningScales(), views)
         losses, graphs = [], []
-        for step in range(4):  # a shorter length each
+        for step in range(3):  # a shorter length each
             objective.begin(step)
             loss = objective.loss(batch, CPU, 0.01, Stopwatch(CPU))
             loss.backward()
             losses.append(loss.item())
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert graphs[1:] == graphs[:1] * 3
+        assert graphs[1:] == graphs[:1] * 2
         results.append((losses, [parameter.grad for parameter in model.parameters()]))
     (losses, grads), (twin_losses, twin_grads) = results
     assert losses == pytest.approx(twin_losses, rel=1e-5)
