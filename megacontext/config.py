@@ -236,7 +236,9 @@ class MemoryConfig:
     mc_gist_penalty_weight: float = flag(
         0.1, "in that loss: weight of how far the variants' states of the shared tail are from those of the raw row"
     )
-    mc_route_loss_weight: float = flag(1.0, "weight of the loss that finds the block of a known answer")
+    mc_route_loss_weight: float = flag(
+        1.0, "weight of the loss that finds the block of a known answer, and tells questions from text"
+    )
     mc_lens_loss_weight: float = flag(0.1, "weight of the lens loss")
     mc_lens_attention_weight: float = flag(
         1.0, "in that loss: weight of the scores that the attention of the newest tokens to raw text asks for"

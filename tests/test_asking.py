@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,21 @@ def test_a_micro_batch_of_text_has_quiet_windows_alone() -> None:
     tensors = route_tensors(ViewSettings.of(MEMORY, T), 7, mixed(0, share=0.0), CPU)
     assert len(tensors.windows) == len(tensors.allowed) == len(tensors.weights) == 0
     assert len(tensors.quiet) == ROWS * QUIET_WINDOWS
+
+
+def test_text_weighs_as_much_as_there_are_rows() -> None:
+    """A router that is as likely to hear a question as not is ln 2 from the truth in every row of text."""
+    model = new_model()
+    assert model.memory is not None
+    assert model.memory.router is not None
+    model.memory.router.recency.data[:] = -math.log(32)  # with a gate of zero: the logsumexp is 0
+    for world, rows in ((1, ROWS), (2, 2 * ROWS)):
+        objective = MemoryObjective(model, 5, rows, world, lambda step: 0.5, RunningScales())
+        batch = mixed(0, share=0.0)
+        loss = objective._route(
+            build_levels(batch.inputs, model.memory, 1)[0], route_tensors(objective.settings, 5, batch, CPU)
+        )
+        assert loss.item() == pytest.approx(math.log(2))
 
 
 def test_the_router_learns_whether_something_is_asked() -> None:

@@ -43,10 +43,12 @@ def test_block_attention_is_what_the_newest_tokens_of_a_forward_pass_attend_to(k
                     for number in range(blocks):
                         first = max(1, number * BLOCK)  # the first token of a row does not count
                         expected[row, number] += weights[first : (number + 1) * BLOCK].sum() / (3 * 4 * NEWEST)
-    read: list[torch.Tensor] = []
-    model.trunk(model.embed(ids), model.rotary_table.slice(0, TOKENS, ids.device), seen=read)
-    found = block_attention(model, read, NEWEST, blocks, BLOCK)
+    layer_inputs: list[torch.Tensor] = []
+    model.trunk(model.embed(ids), model.rotary_table.slice(0, TOKENS, ids.device), layer_inputs=layer_inputs)
+    found = block_attention(model, layer_inputs, torch.arange(2), NEWEST, blocks, BLOCK)
     assert torch.allclose(found, expected.detach(), atol=1e-6)
+    second = block_attention(model, layer_inputs, torch.tensor([1]), NEWEST, blocks, BLOCK)
+    assert torch.allclose(second, found[1:], atol=1e-6)
     assert not found.requires_grad
 
 

@@ -88,7 +88,7 @@ def test_flops_of_attention_labels_equal_those_torch_counts() -> None:
     model = GPT(CONFIG)
     model.init_weights()
     x = torch.randn(1, 64, 32)
-    found = counted(lambda: block_attention(model, [x] * CONFIG.n_layer, 5, 3, 8))
+    found = counted(lambda: block_attention(model, [x] * CONFIG.n_layer, torch.zeros(1, dtype=torch.int64), 5, 3, 8))
     assert found == attention_label_flops(CONFIG, 64, 5)
 
 

@@ -19,14 +19,18 @@ import megacontext as mc
 from jobs import cli
 from jobs.base_train import with_fitting_batch
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
+from megacontext.data.recall import recall_rows
+from megacontext.data.recall_words import WordList
 from megacontext.data.shards import Manifest, ids_dtype, write_shard
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
-from megacontext.model.flops import head_flops_per_token
+from megacontext.model.flops import head_flops_per_token, routing_key_flops
+from megacontext.model.router import QUERY_TOKENS
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.checkpoint import Checkpoint, load_checkpoint
 from megacontext.train.loop import TrainResult, train
 from megacontext.train.optim import build_optimizer
+from megacontext.train.recall_mix import QUESTIONS
 from megacontext.train.setup import fresh as fresh_model
 from megacontext.train.task import TrainTask, horizon_steps
 from megacontext.train.views import ViewSettings
@@ -202,6 +206,19 @@ def test_horizon_counts_the_flops_of_all_modules(folder: Path) -> None:
     views = ViewSettings.of(MEMORY, SEQ_LEN)
     predicted = views.variants * views.length(views.last_entries) * head_flops_per_token(ours.gpt)
     assert per_token[2] - alone.flops_per_token(1.0) == pytest.approx(predicted / SEQ_LEN)
+    tasks, all_tasks = (
+        make_mc_task(
+            folder, "run", replace(MEMORY, mc_recall_share=share, mc_lens_attention_weight=0.0)
+        ).flops_per_token(1.0)
+        for share in (0.5, 1.0)
+    )
+    words = WordList.from_ids(np.arange(10, 800), bos=0)
+    rows = recall_rows(
+        np.random.default_rng(0), words, 1, SEQ_LEN + 1, block_size=MEMORY.block_size, questions=QUESTIONS, again=True
+    )
+    asked = rows.question_position.shape[1]
+    query = routing_key_flops(ours.gpt, MEMORY, QUERY_TOKENS)
+    assert all_tasks - tasks == pytest.approx(3 * 0.5 * asked * query / SEQ_LEN)
 
 
 def test_recall_tasks_need_words_and_rows_need_blocks(tmp_path: Path) -> None:

@@ -205,10 +205,12 @@ def test_the_raw_view_as_a_plan_is_the_vanilla_forward_pass() -> None:
 # Scaling and gradient
 
 
-def test_micro_batches_and_workers_add_up_to_the_whole_step() -> None:
-    model = new_model(replace(MEMORY, mc_recall_share=0.0))
+@pytest.mark.parametrize("share", [0.0, 0.25])  # with tasks, text that asks nothing teaches the router
+def test_micro_batches_and_workers_add_up_to_the_whole_step(share: float) -> None:
+    model = new_model(replace(MEMORY, mc_recall_share=share))
     whole = new_batch(4)
     expected = grads(model, loss_of(objective_of(model, 4), whole, 1 / (4 * T)))
+    assert bool(expected["memory.router.gate.weight"].any()) == (share > 0)
     for world in (1, 2):
         objective = objective_of(model, 4, world)
         parts = [
@@ -256,10 +258,10 @@ def test_attention_to_the_first_tokens_of_a_row_teaches_nothing() -> None:
     assert (first, blocks) == (1, 7)  # no more than a quarter
     assert first_labelled(62, 16) == 2
     scores = torch.zeros(2, blocks, requires_grad=True)
-    read: list[torch.Tensor] = []
-    model.trunk(model.embed(batch.inputs), model.rotary_table.slice(0, T, CPU), seen=read)
-    found = block_attention(model, read, objective.settings.horizon, blocks, 8)[:, first:]
-    loss = objective._attention(read, torch.arange(2), scores)
+    layer_inputs: list[torch.Tensor] = []
+    model.trunk(model.embed(batch.inputs), model.rotary_table.slice(0, T, CPU), layer_inputs=layer_inputs)
+    found = block_attention(model, layer_inputs, torch.arange(2), objective.settings.horizon, blocks, 8)[:, first:]
+    loss = objective._attention(layer_inputs, torch.arange(2), scores)
     assert loss.item() == pytest.approx(relative_scores(found).square().mean().item(), rel=1e-5)
     (grad,) = torch.autograd.grad(loss, scores)
     assert not grad[:, :first].any()
@@ -309,7 +311,7 @@ def test_metrics_are_those_of_the_specification() -> None:
         "token_loss", "lens_loss", "gist_loss", "variants_total", "variants_mean", "adv_delta_mean", "adv_delta_p95",
         "adv_delta_std", "lod_loss/0", "lod_count/0", "lod_loss/1", "lod_count/1", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "route_loss", "route_accuracy",
-        "route_asked", "route_quiet",
+        "route_asked", "route_false_alarm",
     }  # fmt: skip
     assert {f"mc/{name}" for name in named} <= metrics.keys()
     assert metrics["mc/variants_total"] == ROWS * 3

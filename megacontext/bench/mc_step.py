@@ -152,8 +152,9 @@ def _parts(stepper: Stepper, ids: Tensor, args: argparse.Namespace) -> dict[str,
         torch.autograd.backward(objective.variants_loss(table.clone().requires_grad_(), variants, hidden)[0])
 
     def labels() -> None:
-        read = [torch.zeros(len(ids), settings.tokens, model.config.n_embd, device=device)] * model.config.n_layer
-        block_attention(model, read, settings.horizon, settings.blocks, settings.block_size)
+        x = torch.zeros(len(ids), settings.tokens, model.config.n_embd, dtype=model.compute_dtype, device=device)
+        inputs = [x] * model.config.n_layer
+        block_attention(model, inputs, lens.text, settings.horizon, settings.blocks, settings.block_size)
 
     def lens_scores() -> None:
         entries = table.index_select(0, lens.gather).view(*lens.shape, -1)

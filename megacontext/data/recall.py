@@ -254,9 +254,8 @@ def recall_rows(
     weights = dict.fromkeys(TASKS, 1.0) if mix is None else dict(mix)
     if not set(weights) <= set(TASKS) or min(weights.values(), default=-1) < 0 or not sum(weights.values()) > 0:
         raise UserError(f"the mix of recall tasks is {weights}; give weights above 0 to some of {', '.join(TASKS)}.")
-    at_end = max(1, min(questions, row_tokens // ((2 if again else 4) * _TURN)))
+    at_end, middle = question_counts(row_tokens, block_size, questions, interleaved, again)
     usable = (row_tokens - at_end * _TURN) // block_size - 1
-    middle = interleaved if usable >= _BLOCKS_TO_INTERLEAVE else 0
     blocks = usable - -(-middle * _TURN // block_size)
     plans = []
     for task in weights:
@@ -290,6 +289,15 @@ def recall_rows(
         if len(chosen):
             _fill_rows(out, chosen, plan, rng, middle, at_end, again)
     return out
+
+
+def question_counts(
+    row_tokens: int, block_size: int, questions: int, interleaved: int = 4, again: bool = False
+) -> tuple[int, int]:
+    """Questions at the end and in the middle of a training row, at most; as `recall_rows` is asked for them."""
+    at_end = max(1, min(questions, row_tokens // ((2 if again else 4) * _TURN)))
+    usable = (row_tokens - at_end * _TURN) // block_size - 1
+    return at_end, interleaved if usable >= _BLOCKS_TO_INTERLEAVE else 0
 
 
 def _fill_rows(

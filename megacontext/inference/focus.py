@@ -71,7 +71,7 @@ class LensScorer:
         assert model.memory is not None
         self.model, self.tree, self.memory, self.lens = model, tree, model.memory, lens
         self.found: Found | None = None
-        self.asked = 0.0  # probability that the newest tokens ask for something
+        self.asked = 0.0  # how sure the router is that the newest tokens ask for something, 0 to 1
         self.probability = np.empty(0)
         before = max(0, tree.tokens - tail) // tree.block_size * tree.block_size
         if route and self.memory.routes and before and tree.tokens:

@@ -163,17 +163,17 @@ class GPT(nn.Module):
         rotary: Rotary,
         cache: KVCache | None = None,
         mask: torch.Tensor | None = None,
-        seen: list[torch.Tensor] | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """All blocks and the final norm: x [B, L, D] (token embeddings, later gists as well) to hidden [B, L, D].
 
         rotary: cos and sin, broadcast to [B, L, 1, K/2]. cache: earlier keys and values, extended by these. mask: bool,
-        broadcast to [B, H, L, length + L], True where attention may look; causal without it. seen: a list that is given
-        the input [B, L, D] of every block.
+        broadcast to [B, H, L, length + L], True where attention may look; causal without it. layer_inputs: a list that is
+        given what every block gets [B, L, D], without gradient.
         """
         for block in self.blocks:
-            if seen is not None:
-                seen.append(x)
+            if layer_inputs is not None:
+                layer_inputs.append(x.detach())
             x = block(x, rotary, cache, mask)
         if cache is not None:
             cache.advance(x.shape[1])

@@ -109,7 +109,7 @@ class Memory(nn.Module):
 
     @property
     def routes(self) -> bool:
-        """Whether there is a router, and recall tasks to train it: nothing else does, and what it then finds is noise."""
+        """Whether there is a router, and recall tasks to train it: without them what it finds is noise."""
         return self.router is not None and self.config.mc_recall_share > 0
 
     def query(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

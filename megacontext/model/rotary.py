@@ -99,7 +99,8 @@ class _RotateNorm(torch.autograd.Function):
 
 
 def rotate_and_norm(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotate queries or keys x [B, T, H, K], then RMS-norm each head ("QK norm"); one autograd node, one saved copy."""
+    """Rotate queries or keys x [B, T, H, K], then RMS-norm each head ("QK norm"). Uncompiled it is one
+    autograd node with one saved copy."""
     if torch.compiler.is_compiling():  # a compiler fuses the plain formula, and cannot trace the other in every case
         dtype = wide(x.dtype)
         cos, sin, (x1, x2) = rotary.cos.to(dtype), rotary.sin.to(dtype), x.to(dtype).chunk(2, dim=-1)

@@ -3,7 +3,7 @@
 As the index of sparse attention is taught from full attention (DeepSeek-V3.2, 2025): a label for every block of every
 row, where comparing working contexts gives one noisy number a row.
 
-Shapes: B rows, T tokens, D width, H heads, Q newest tokens, n blocks before the tail, r block size.
+Shapes: B rows of a batch, R of them, T tokens, D width, H heads, Q newest tokens, n blocks before the tail, r block size.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ SINK_TOKENS = 32  # of a row: attention rests on them whatever they say (Streami
 
 
 @torch.no_grad()
-def block_attention(model: GPT, seen: Sequence[Tensor], newest: int, blocks: int, block_size: int) -> Tensor:
-    """Attention [B, n] of the last Q tokens to each of the first n blocks: mean over tokens, heads and layers.
+def block_attention(
+    model: GPT, layer_inputs: Sequence[Tensor], rows: Tensor, newest: int, blocks: int, block_size: int
+) -> Tensor:
+    """Attention [R, n] of the last Q tokens of `rows` [R] to each of the first n blocks: mean over tokens, heads, layers.
 
-    seen: what every layer got [B, T, D] when the rows were read raw (`GPT.trunk`). A row's first token does not count:
-    heads that look for nothing look there. What else of that falls on a row's first blocks is left out of the lesson:
-    `first_labelled`.
+    layer_inputs: what every layer got [B, T, D] when the batch was read raw (`GPT.trunk`). A row's first token does not
+    count: heads that look for nothing look there. What else of that falls on a row's first blocks is left out of the
+    lesson: `first_labelled`.
     """
-    rows, tokens, _ = seen[0].shape
-    device = seen[0].device
+    tokens, device = layer_inputs[0].shape[1], layer_inputs[0].device
     rotary = model.rotary_table.slice(0, tokens, device)
     later = torch.ones(newest, tokens, dtype=torch.bool, device=device).triu(tokens - newest + 1)
-    total = torch.zeros(rows, blocks, device=device)
-    for block, x in zip(model.blocks, seen, strict=True):
-        q, k, _ = block.attn.project(rms_norm(x), rotary)
+    total = torch.zeros(len(rows), blocks, device=device)
+    for block, x in zip(model.blocks, layer_inputs, strict=True):
+        q, k, _ = block.attn.project(rms_norm(x[rows]), rotary)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = q[:, :, tokens - newest :] @ k.transpose(2, 3) / q.shape[3] ** 0.5
         weights = logits.float().masked_fill(later, -torch.inf).softmax(3)
         weights[..., 0] = 0.0
         old = weights[..., : blocks * block_size].mean((1, 2))
-        total += old.view(rows, blocks, block_size).sum(2)
+        total += old.view(len(rows), blocks, block_size).sum(2)
     return total / len(model.blocks)
 
 

@@ -2,7 +2,8 @@
 
 LensNet: pairs of random working contexts of one row, of which the one that predicts the newest tokens better is to be
 preferred (Bradley and Terry, 1952), with terms that keep its scores sound; and, where asked for, single edits whose
-effect was measured. Router: the block that is known to hold the answer of a question, against all others.
+effect was measured. Router: the block that is known to hold the answer of a question, against all others; and
+questions against text that asks nothing.
 
 Shapes: B rows, N variants of a row, P = N·(N-1)/2 pairs, n blocks before the raw tail, Q questions.
 """

@@ -104,29 +104,29 @@ class MemoryObjective:
         table = node_table(self.memory, x, levels)
         heavy = row_emphasis(batch, config.mc_recall_answer_weight)
         answers = None if heavy is None else torch.from_numpy(heavy).to(device, non_blocking=True)
-        seen: list[Tensor] = []
-        total, hidden, base = self._raw(x, batch.targets.to(device, non_blocking=True), scale, answers, seen)
+        layer_inputs: list[Tensor] | None = [] if lens is not None and config.mc_lens_attention_weight else None
+        total, hidden, base = self._raw(x, batch.targets.to(device, non_blocking=True), scale, answers, layer_inputs)
         advantage = base.new_zeros(len(ids), 0)
         if variants is not None:
             loss, newest = self.variants_loss(table, variants, hidden)
             total = total + config.mc_gist_loss_weight * loss
             advantage = newest.view(len(ids), -1) - base[:, None]
         if lens is not None:
-            loss = self._lens(table, lens, advantage, seen, batch)
+            loss = self._lens(table, lens, advantage, layer_inputs, batch)
             total = total + config.mc_lens_loss_weight * loss
         if questions is not None:
             total = total + config.mc_route_loss_weight * self._route(levels[0], questions)
         return total
 
     def _raw(
-        self, x: Tensor, targets: Tensor, scale: float, emphasis: Tensor | None, seen: list[Tensor]
+        self, x: Tensor, targets: Tensor, scale: float, emphasis: Tensor | None, layer_inputs: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vanilla forward pass: loss, hidden [B, T, D], and mean loss [B] of the newest H tokens, detached.
 
-        `emphasis` [B, T] weighs the targets in the loss; what is measured has equal weights. `seen` is given what every
-        layer gets [B, T, D].
+        `emphasis` [B, T] weighs the targets in the loss; what is measured has equal weights. A list of `layer_inputs`
+        is filled with them.
         """
-        hidden = self.model.trunk(x, self.model.rotary_table.slice(0, x.shape[1], x.device), seen=seen)
+        hidden = self.model.trunk(x, self.model.rotary_table.slice(0, x.shape[1], x.device), layer_inputs=layer_inputs)
         counted = (targets >= 0).float()
         weights = counted if emphasis is None else counted * emphasis
         total, losses = self._cross_entropy(hidden.flatten(0, 1), targets.reshape(-1), weights.reshape(-1))
@@ -180,7 +180,9 @@ class MemoryObjective:
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return weighted_cross_entropy(hidden, self.model.lm_head.weight, targets, weights, cap=SOFTCAP)
 
-    def _lens(self, table: Tensor, lens: LensTensors, advantage: Tensor, read: list[Tensor], batch: Batch) -> Tensor:
+    def _lens(
+        self, table: Tensor, lens: LensTensors, advantage: Tensor, layer_inputs: list[Tensor] | None, batch: Batch
+    ) -> Tensor:
         """The lens loss of the text rows, whose newest tokens are foreseeable; a task's questions are not, and are
         what the router is for."""
         seen = table.detach()  # the lens judges gists, it does not shape them
@@ -194,21 +196,19 @@ class MemoryObjective:
         terms = self._preferences(scores, lens.raw, advantage[lens.text])
         if self.config.mc_max_counterfactuals:
             terms["utility"] = self._utility(table, batch, scores, lens.text)
-        if self.config.mc_lens_attention_weight:
-            terms["attention"] = self.config.mc_lens_attention_weight * self._attention(read, lens.text, scores)
+        if layer_inputs is not None:
+            found = self._attention(layer_inputs, lens.text, scores)
+            terms["attention"] = self.config.mc_lens_attention_weight * found
         for name, term in terms.items():
             self.meter.add(f"lens_{name}", term * rows, rows)
         loss = torch.stack(list(terms.values())).sum()
         self.meter.add("lens_loss", loss * rows, rows)
         return loss * (rows * self.world_size / self.rows_per_step)
 
-    def _attention(self, read: list[Tensor], text: Tensor, scores: Tensor) -> Tensor:
-        """Mean squared distance of the scores [R, n] from those that the attention of the raw rows `text` [R] asks for;
-        `read` is what every layer got [B, T, D] when it read them."""
+    def _attention(self, layer_inputs: list[Tensor], text: Tensor, scores: Tensor) -> Tensor:
+        """Mean squared distance of the scores [R, n] from those that the attention of the raw rows `text` [R] asks for."""
         settings = self.settings
-        found = block_attention(
-            self.model, [x[text] for x in read], settings.horizon, settings.blocks, settings.block_size
-        )
+        found = block_attention(self.model, layer_inputs, text, settings.horizon, settings.blocks, settings.block_size)
         first = first_labelled(settings.blocks, settings.block_size)
         wanted, scores = relative_scores(found[:, first:]), scores[:, first:]
         together, exists = correlation(scores.detach(), wanted)
@@ -268,7 +268,7 @@ class MemoryObjective:
         self.meter.add("route_loss", found.loss.detach().sum(), count)
         self.meter.add("route_accuracy", found.correct.sum(), count)
         self.meter.add("route_asked", asked[:count].sigmoid().sum(), count)
-        self.meter.add("route_quiet", asked[count:].sigmoid().sum(), quiet)
+        self.meter.add("route_false_alarm", asked[count:].sigmoid().sum(), quiet)
         heard = ((found.loss + F.softplus(-asked[:count])) * questions.weights).sum()
         ignored = (F.softplus(asked[count:]) * questions.quiet_weights).sum()
         expected = self.rows_per_step * self.config.mc_recall_share  # rows with questions in a step
@@ -313,7 +313,7 @@ def _metric_names(settings: ViewSettings) -> tuple[str, ...]:
     levels = range(settings.max_lod + 1)
     return (
         "token_loss", "answer_loss", "gist_loss", "gist_ce", "gist_kl", "gist_penalty", "lens_loss", "route_loss", "route_accuracy",
-        "route_asked", "route_quiet",
+        "route_asked", "route_false_alarm",
         "adv_delta_mean", "adv_delta_std", "adv_delta_p95", "preference_corr_mean", "preference_agreement",
         "preference_pair_count", "policy_score_abs_mean", "policy_score_std_mean", "gap_square", "score_mean",
         "utility_square", "attention_corr", *(f"lens_{name}" for name in LENS_TERMS), *(f"lod_loss/{level}" for level in levels),

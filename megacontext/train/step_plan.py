@@ -80,7 +80,7 @@ class RouteTensors:
     """Questions with a known answer: `windows` [Q, 32] the ids that end with each; `allowed` [Q, B·blocks], true for the
     blocks to choose from, all of other rows' and of its own those read by then, up to the last with a fact;
     `evidence` [Q, 3] the right one and, as good a match by what it says, those before it about the same key, in `share`
-    [Q, 3] of one; `weights` [Q], 1 over the questions of the row.
+    [Q, 3] of one (in a micro-batch without questions [0, 1]); `weights` [Q], 1 over the questions of the row.
 
     And Z windows that ask nothing: `quiet` [Z, 32], `quiet_weights` [Z], 1 over those of the row."""
 
@@ -210,11 +210,15 @@ def _questions(batch: Batch, block_size: int) -> tuple[I64, I64, I64, F32, I64]:
 
 
 def _quiet(seed: int, batch: Batch) -> tuple[I64, I64]:
-    """Rows and last tokens [Z] of query windows in which nothing is asked, the same wherever a row is trained."""
+    """Rows and last tokens [Z] of query windows in which nothing is asked, the same wherever a row is trained.
+
+    Windows that end a little behind a question are of neither kind: how long it stays asked while it is being answered
+    is left to what the router learns of age (a dozen tokens or so).
+    """
     end = np.full(len(batch.ids), batch.ids.shape[1] - 1)  # of the places to draw from; the last id is only a target
     if isinstance(batch, RecallBatch):
-        asked = np.where(batch.question_position >= 0, batch.question_position + 1 - QUESTION_TOKENS, end[:, None])
-        end = np.minimum(end, asked.min(1))
+        begin = np.where(batch.question_position >= 0, batch.question_position + 1 - QUESTION_TOKENS, end[:, None])
+        end = np.minimum(end, begin.min(1))
     rows = np.flatnonzero(end >= QUERY_TOKENS)
     drawn = RowRandom(seed, batch.positions[rows], np.full(len(rows), _QUIET)).random((len(rows), QUIET_WINDOWS))
     first = QUERY_TOKENS - 1

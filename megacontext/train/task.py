@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
+from megacontext.data.recall import question_counts
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model import flops
 from megacontext.model.flops import count_params, train_flops_per_token
@@ -84,8 +85,8 @@ class TrainTask:
 
     def flops_per_token(self, progress: float) -> float:
         """Training FLOPs per token of a row when a share `progress` of the run is done: of the raw row, and with a memory
-        of its tree, its variants and their teacher's predictions, the lens with its labels and measured edits as well. The
-        GPT's convention for all."""
+        of its tree, its variants and their teacher's predictions, the lens with its labels and measured edits, and the
+        router's queries as well. The GPT's convention for all."""
         if self.memory is None:
             return train_flops_per_token(self.gpt)
         views, gpt, memory = ViewSettings.of(self.memory, self.gpt.sequence_len), self.gpt, self.memory
@@ -94,8 +95,9 @@ class TrainTask:
         once += views.variants * entries * flops.forward_flops_per_token(gpt, entries)
         once += flops.tree_flops(gpt, memory, views.tokens)
         if memory.routing_slots and memory.mc_recall_share:
-            queries = QUIET_WINDOWS + memory.mc_recall_share * QUESTIONS
-            once += flops.routing_key_flops(gpt, memory, int(queries * QUERY_TOKENS))
+            asked = sum(question_counts(views.tokens + 1, views.block_size, QUESTIONS, again=True))
+            queries = QUIET_WINDOWS + memory.mc_recall_share * asked
+            once += queries * flops.routing_key_flops(gpt, memory, QUERY_TOKENS)
         once += flops.lens_flops(gpt, memory, views.length(views.last_entries) - views.horizon)
         single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
         edits = min(memory.mc_max_counterfactuals, views.blocks) * single
