@@ -33,7 +33,8 @@ def slow_choice(
     context: WorkingContext, scores: list[float], budget: int, tail: int, edits: int, low: float, high: float
 ) -> tuple[list[int], list[int]]:
     """The oracle without a cooldown: the best expansions one by one; where room is short, the worst group that is still
-    whole pays, if its mean is below the expansion's score by both thresholds."""
+    whole pays, if its mean is below the expansion's score by both thresholds; the edits that are left go to the worst raw
+    groups whose mean is below zero by the threshold."""
     r = context.block_size
     best = sorted((e for e, (lod, _) in enumerate(context.entries) if lod > 0), key=lambda e: (-scores[e], -e))[:edits]
     best = [e for e in best if scores[e] > high]
@@ -55,6 +56,8 @@ def slow_choice(
         collapse.append(worst)
         expand.append(entry)
         edits -= 2
+    raw = [g for g in means if context.lod[g] == 0 and g not in collapse and means[g] < -low]
+    collapse += sorted(raw, key=lambda g: (means[g], g))[:edits]
     return sorted(expand), sorted(collapse)
 
 
@@ -113,8 +116,16 @@ def test_a2_scores_inside_the_thresholds_give_no_edit() -> None:
         after, report = allocator.refocus(context, lambda c, value=value: np.broadcast_to(value, len(c)))
         assert after == context
         assert report.edits == 0
+
+
+def test_raw_text_that_nobody_wants_goes_and_gists_stay() -> None:
+    context = WorkingContext.by_age(500, R, 60, 8)
+    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=8, iterations=9))
     after, report = allocator.refocus(context, lambda c: np.full(len(c), -1.0))
-    assert after == context  # nothing wants the room, so nothing is given up
+    gone = set(context.entries) - set(after.entries)
+    assert gone == {(0, index) for index in range(context.starts[context.lod == 0][0], (500 - 8) // R * R)}
+    assert report.expands == 0
+    assert report.collapses == len(gone) // R == 3
 
 
 def test_a3_the_cooldown_ends() -> None:
