@@ -213,7 +213,9 @@ class MemoryConfig:
     allocator_recent_tokens: int = flag(128, "newest tokens that stay raw")
     allocator_expand_threshold: float = flag(0.1, "score above which an entry may be expanded")
     allocator_collapse_threshold: float = flag(
-        0.1, "a group may collapse for an entry whose score is above its mean by this and the other"
+        0.1,
+        "a group may collapse for an entry whose score is above its mean by this and the other; raw ones with a mean below "
+        "minus this collapse anyway",
     )
     allocator_sample_top_k: int = flag(4, "candidates that stochastic_greedy draws from")
     allocator_sample_temperature: float = flag(1.0, "temperature of that draw")

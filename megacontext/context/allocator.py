@@ -28,9 +28,9 @@ class AllocatorConfig:
     """Settings of the focus allocator. `budget` and `recent_tokens` in entries, thresholds on scores in [-1, 1].
 
     An entry above the first may be expanded; where room is short, a group collapses for it whose mean is below its score
-    by both together. Raw groups whose mean is further below zero than the second collapse in any case. `max_replacements` is edits per iteration, `iterations` per refocus; `cooldown` is refocuses in
-    which an edit is not reversed; the `sample_*` settings are of stochastic_greedy. Raises UserError for values that
-    cannot be.
+    by both together. Raw groups whose mean is further below zero than the second collapse in any case.
+    `max_replacements` is edits per iteration, `iterations` per refocus; `cooldown` is refocuses in which an edit is not
+    reversed; the `sample_*` settings are of stochastic_greedy. Raises UserError for values that cannot be.
     """
 
     budget: int
