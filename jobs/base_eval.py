@@ -20,24 +20,50 @@ from typing import Any, TypeVar
 
 import megacontext as mc
 from jobs import cli
-from jobs.stage import run_stage
+from jobs.stage import Job, run_stage
+from megacontext import storage
+from megacontext.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints
 from megacontext.config import DataConfig, EvalConfig, RunConfig
 from megacontext.data.shards import ShardSet
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError
 from megacontext.eval.bpb import evaluate_bpb, shard_batches, validation_rows
 from megacontext.eval.core import evaluate_core
-from megacontext.eval.core_tasks import load_bundle
+from megacontext.eval.core_tasks import CoreBundle, load_bundle
 from megacontext.eval.ngram import evaluate_ngrams
 from megacontext.eval.samples import continuations
 from megacontext.model.gpt import GPT
-from megacontext.train.checkpoint import latest_checkpoint
 from megacontext.train.worker import choose_device, prepare_process
 
 SECTIONS = [RunConfig, DataConfig, EvalConfig]
 STAGE = "base"
 
 Value = TypeVar("Value")
+
+
+def ready(args: cli.Args) -> None:
+    """Raises CheckpointError when the run has no checkpoint, DataError when there is no evaluation bundle."""
+    if not list_checkpoints(cli.paths(args).checkpoints_dir, STAGE):
+        raise _nothing_trained(args)
+    if args.eval.eval_bundle:
+        load_bundle(args.eval.eval_bundle)
+
+
+def inputs(args: cli.Args) -> dict[str, str]:
+    """The newest checkpoint of the run: its name and a digest of its manifest, which names the content of its files."""
+    paths = list_checkpoints(cli.paths(args).checkpoints_dir, STAGE)
+    if not paths:
+        return {}
+    try:
+        digest = storage.sha256_file(storage.join(paths[-1], MANIFEST))
+    except FileNotFoundError:
+        digest = "no manifest"
+    return {"checkpoint": f"{paths[-1].rsplit('/', 1)[-1]} {digest[:12]}"}
+
+
+def _nothing_trained(args: cli.Args) -> CheckpointError:
+    where = cli.paths(args).checkpoints_dir
+    return CheckpointError(f"run {args.run.run!r} has no base checkpoint in {where}; train it first.")
 
 
 def run(args: cli.Args) -> dict[str, Any]:
@@ -48,9 +74,8 @@ def run(args: cli.Args) -> dict[str, Any]:
     where = cli.paths(args)
     path = latest_checkpoint(where.checkpoints_dir, STAGE)
     if path is None:
-        raise CheckpointError(
-            f"run {args.run.run!r} has no base checkpoint in {where.checkpoints_dir}; train it first."
-        )
+        raise _nothing_trained(args)
+    bundle = load_bundle(args.eval.eval_bundle) if args.eval.eval_bundle else None  # before any work: it may be wrong
     prepare_process(args.run.cpus_per_worker)
     device = choose_device(args.run.device)
     model, tokenizer = mc.load(path, dtype=args.run.dtype, device=str(device))
@@ -58,8 +83,8 @@ def run(args: cli.Args) -> dict[str, Any]:
     print(f"checkpoint {path}, {device}, {model.compute_dtype}", flush=True)
     metrics: dict[str, Any] = {}
     metrics |= _timed("bits per byte", lambda: bits_per_byte(model, tokenizer, args))
-    if args.eval.eval_bundle:
-        metrics |= _timed("CORE", lambda: core_metrics(model, tokenizer, args.eval))
+    if bundle is not None:
+        metrics |= _timed("CORE", lambda: core_metrics(model, tokenizer, bundle, args.eval.core_max_per_task))
     else:
         print("CORE: skipped, no --eval_bundle", flush=True)
     samples = _timed("samples", lambda: continuations(model, tokenizer, args.eval.sample_tokens))
@@ -76,6 +101,9 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, args: cli.Args) -> dict[str,
     val.check_fits(
         vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest, seq_len=model.config.sequence_len
     )
+    if args.data.verify_shards:  # a shard of the same size from elsewhere would give a wrong number
+        for shards in (train, val):
+            shards.verify()
     rows = validation_rows(val, args.train.eval_tokens)
     token_bytes = tokenizer.token_bytes()
     batches = shard_batches(val, rows, args.train.device_batch_size, model.device)
@@ -96,15 +124,9 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, args: cli.Args) -> dict[str,
     }
 
 
-def core_metrics(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
+def core_metrics(model: GPT, tokenizer: Tokenizer, bundle: CoreBundle, max_per_task: int) -> dict[str, float]:
     """CORE, its coverage, and per task the centred accuracy and the plain one."""
-    result = evaluate_core(
-        model,
-        tokenizer,
-        load_bundle(config.eval_bundle),
-        config.core_max_per_task,
-        say=lambda line: print(line, flush=True),
-    )
+    result = evaluate_core(model, tokenizer, bundle, max_per_task, say=lambda line: print(line, flush=True))
     metrics = {
         "base_eval/core": result.core,
         "base_eval/core_tasks": len(result.tasks),
@@ -123,10 +145,13 @@ def _timed(name: str, work: Callable[[], Value]) -> Value:
     return result
 
 
+JOB = Job("base_eval", run, ready, inputs=inputs)
+
+
 def main() -> None:
     args = cli.parse(SECTIONS, __doc__)
     cli.print_config(args, SECTIONS)
-    cli.finish(lambda: run_stage("base_eval", args, run))
+    cli.finish(lambda: run_stage(JOB, args))
 
 
 if __name__ == "__main__":

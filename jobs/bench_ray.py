@@ -24,6 +24,7 @@ import numpy as np
 
 from jobs import cli
 from jobs.launch import run_training
+from jobs.parser import Parser
 from megacontext.config import GPTConfig, TrainConfig
 from megacontext.data.shards import Manifest, write_shard
 from megacontext.data.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def step_seconds(task: TrainTask) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--depth", type=int, default=4, help="layers [default 4]")
     parser.add_argument("--width", type=int, default=256, help="model width [default 256]")
     parser.add_argument("--seq", type=int, default=512, help="tokens of a row [default 512]")

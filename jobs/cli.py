@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from jobs import environment
+from jobs import environment, run_settings
+from jobs.hardware import detect_tier
+from jobs.own_lines import own_lines
+from jobs.parser import Parser
+from jobs.run_settings import SECTIONS, settings_of_start
+from jobs.stopping import Ended, Stopped, handled
+from jobs.user_paths import base_folder, user_path
 from megacontext import storage
+from megacontext.checkpoint import checkpoint_name
 from megacontext.config import (
+    MC_IMPLIES,
     TIERS,
     DataConfig,
     EvalConfig,
@@ -21,26 +29,20 @@ from megacontext.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
-    default_base_dir,
-    from_flat,
+    preset,
 )
 from megacontext.errors import MegaContextError
-from megacontext.train.checkpoint import checkpoint_name
-
-SECTIONS: Mapping[str, type[Any]] = {
-    "run": RunConfig,
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "memory": MemoryConfig,
-    "eval": EvalConfig,
-}
+from megacontext.flags import from_flat
 
 _SWITCHES = frozenset({"mc"})  # flags that may stand without their value, which is then 1
 
 
 class Args(SimpleNamespace):
-    """Parsed sections by name: `args.run`, `args.data`, …; sections a job did not ask for hold the tier's defaults."""
+    """Parsed sections by name: `args.run`, `args.data`, …; those of no flag of a job hold the defaults of run and tier.
+
+    given: names of the flags that the user gave. inherited: what the run's `config.yaml` set in place of the tier's
+    defaults, by name.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -48,6 +50,8 @@ class Args(SimpleNamespace):
     train: TrainConfig
     memory: MemoryConfig
     eval: EvalConfig
+    given: frozenset[str]
+    inherited: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,25 @@ class Paths:
     start_dir: str
 
 
-def parse(sections: Sequence[type[Any]], description: str | None, argv: Sequence[str] | None = None) -> Args:
-    """Parse flags of the given sections over the defaults of the chosen tier. Unknown flags end the program with 2."""
+def parse(
+    sections: Sequence[type[Any]],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Args:
+    """Parse flags of the given sections over the defaults of run and tier. Unknown flags end the program with 2.
+
+    aliases: other spellings of flags, by name.
+    """
     finish(environment.load)  # .mc_env may name the base folder, which is a default below
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description)
     for section in sections:
         group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
         for item in fields(section):
             switch = {"nargs": "?", "const": 1} if item.name in _SWITCHES else {}
             group.add_argument(
                 f"--{item.name}",
+                *aliases.get(item.name, ()),
                 **switch,
                 type=type(item.default),
                 default=argparse.SUPPRESS,
@@ -82,6 +93,11 @@ def parse(sections: Sequence[type[Any]], description: str | None, argv: Sequence
                 metavar=None if item.metadata["choices"] else type(item.default).__name__.upper(),
                 help=f"{item.metadata['help']} [{tier_note(item.name, item.default)}]".replace("%", "%%"),
             )
+    if DataConfig in sections and MemoryConfig not in sections:
+        parser.add_argument(
+            "--mc", nargs="?", const=1, type=int, default=argparse.SUPPRESS, metavar="INT",
+            help="the run has a memory: what this implies for vocabulary and rows holds here too (0 or 1) [default 0]",
+        )  # fmt: skip
     given = vars(parser.parse_args(argv))
     resolved: Args = finish(lambda: resolve(given))
     return resolved
@@ -90,47 +106,59 @@ def parse(sections: Sequence[type[Any]], description: str | None, argv: Sequence
 def tier_note(name: str, default: Any) -> str:
     """The default of a flag, and where tiers set another one."""
     others = [f"{tier}: {values[name]}" for tier, values in TIERS.items() if name in values]
+    others += [f"{tier} with --mc: {values[name]}" for tier, values in MC_IMPLIES.items() if name in values]
     return ", ".join([f"default {default!r}", *others])
 
 
 def resolve(given: Mapping[str, Any]) -> Args:
-    """Flags given by the user over the tier's values over the defaults."""
-    tier = given.get("tier", RunConfig.tier)
-    if tier == "auto":
-        tier = detect_tier()
-    flat = {**TIERS[tier], **given, "tier": tier}
-    flat["base_dir"] = os.path.abspath(os.path.expanduser(flat.get("base_dir") or default_base_dir()))
+    """All settings of a job: what the user gave, over the settings of the run, over the tier's, over the defaults.
+
+    What `--mc` implies counts as the tier's.
+    With `--init_from` the shape is that of the model taken over. Raises UserError for impossible values and for ones that
+    contradict that model, and when `config.yaml` of the run is damaged.
+    """
+    where = absolute_paths(given)
+    run = from_flat(RunConfig, where)
+    run_dir = storage.join(run.storage, run.run)
+    inherited = run_settings.read(run_dir).inherited
+    tier = next(
+        (name for name in (given.get("tier"), inherited.get("tier")) if name not in (None, "auto")), None
+    ) or detect_tier(run.launcher)
+    preset_values = preset(tier, {**inherited, **where})
+    flat = {**preset_values, **inherited, **where, "tier": tier}
+    if flat.get("init_from"):
+        flat |= settings_of_start(flat, given, start_dir(run_dir))
+    sections = {name: from_flat(section, flat) for name, section in SECTIONS.items()}
+    plain = {item.name: item.default for section in SECTIONS.values() for item in fields(section)} | preset_values
+    taken = {name: value for name, value in inherited.items() if name not in given and value != plain[name]}
+    return Args(**sections, given=frozenset(given), inherited=taken)
+
+
+def absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings with absolute paths, because workers run in other folders; base folder and storage are filled in."""
+    flat = dict(given)
+    flat["base_dir"] = base_folder(flat.get("base_dir", ""))
     flat["storage"] = flat.get("storage") or storage.join(flat["base_dir"], "runs")
-    if storage.is_local(flat["storage"]):
-        flat["storage"] = str(storage.local_path(flat["storage"]).absolute())  # workers run in other folders
-    for name in ("data_dir", "eval_bundle", "init_from"):
-        if flat.get(name) and storage.is_local(flat[name]):
-            flat[name] = str(storage.local_path(flat[name]).absolute())
-    return Args(**{name: from_flat(section, flat) for name, section in SECTIONS.items()})
-
-
-def detect_tier() -> str:
-    """`cpu` when this machine sees no GPU, `speedrun` with eight or more, else by the memory of the first."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    if torch.cuda.device_count() >= 8:
-        return "speedrun"
-    return "h100" if torch.cuda.get_device_properties(0).total_memory > 48 * 2**30 else "5090"
+    for name in ("storage", "data_dir", "eval_bundle", "init_from"):
+        if flat.get(name):
+            flat[name] = user_path(flat[name], f"--{name}")
+    return flat
 
 
 def paths(args: Args) -> Paths:
     """The folders of a run. Text and tokens are keyed by what they were made from, so runs can share them."""
     base = args.run.base_dir
-    source = _source_name(args)
+    source = source_name(flat_values(args))
     name = f"{source}-v{args.data.vocab_size}"
+    for letter, key in (("c", "tok_max_chars"), ("d", "tok_doc_cap")):  # other samples of the text, other vocabularies
+        value = getattr(args.data, key)
+        name += f"-{letter}{value}" if value != getattr(DataConfig, key) else ""
     shortest = args.data.min_doc_chars
     run_dir = storage.join(args.run.storage, args.run.run)
-    start_dir = storage.join(run_dir, "start")
+    start = start_dir(run_dir)
     tokenizer_dir = storage.join(base, "tokenizer", name)
     if args.run.init_from:
-        tokenizer_dir = storage.join(start_dir, checkpoint_name("start", 0), "tokenizer")
+        tokenizer_dir = storage.join(start, checkpoint_name("start", 0), "tokenizer")
     return Paths(
         base_dir=base,
         data_dir=args.data.data_dir or storage.join(base, "data", source),
@@ -138,8 +166,18 @@ def paths(args: Args) -> Paths:
         tokens_dir=storage.join(base, "tokens", name + (f"-min{shortest}" if shortest else "")),
         run_dir=run_dir,
         checkpoints_dir=storage.join(run_dir, "checkpoints"),
-        start_dir=start_dir,
+        start_dir=start,
     )
+
+
+def start_dir(run_dir: str) -> str:
+    """Where a run keeps its copy of the model that it starts from."""
+    return storage.join(run_dir, "start")
+
+
+def flat_values(args: Args) -> dict[str, Any]:
+    """All settings by name of the flag."""
+    return {name: value for section in SECTIONS for name, value in asdict(getattr(args, section)).items()}
 
 
 def flat_config(args: Args) -> dict[str, dict[str, Any]]:
@@ -155,22 +193,36 @@ def print_config(args: Args, sections: Sequence[type[Any]]) -> None:
                 f"{name}: " + " ".join(f"{key}={value}" for key, value in asdict(getattr(args, name)).items()),
                 flush=True,
             )
+    if args.inherited:
+        taken = " ".join(f"{name}={value}" for name, value in sorted(args.inherited.items()))
+        print(f"from config.yaml of the run: {taken}", flush=True)
     print(f"run folder: {paths(args).run_dir}", flush=True)  # `jobs/submit.py` reads this line
 
 
-def _source_name(args: Args) -> str:
-    """Names the text a run is made from: the user's folder, this Python's own files, or the downloaded shards."""
-    data_dir = args.data.data_dir
+def source_name(values: Mapping[str, Any]) -> str:
+    """Names the text that settings choose: the user's folder, this Python's own files, or the downloaded shards."""
+    data_dir = values.get("data_dir")
     if data_dir:
         return f"{data_dir.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(data_dir.encode()).hexdigest()[:8]}"
-    if args.run.tier == "cpu":
+    if values.get("tier") == "cpu":
         return f"python-{platform.python_version()}"
-    return f"web-{args.data.data_shards}"
+    return f"web-{values.get('data_shards')}"
 
 
 def finish(work: Callable[[], Any]) -> Any:
-    """Run a job's work and return its result; a user's error ends it with its message and exit status 1, no traceback."""
-    try:
-        return work()
-    except MegaContextError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    """Run a job's work and return its result.
+
+    A user's error ends the job with its message and exit status 1. A stop signal ends it with one line and exit status
+    128 + the signal: 130 after Ctrl-C, 143 after SIGTERM. Neither prints a traceback.
+    """
+    with handled() as stop, own_lines():
+        try:
+            return work()
+        except Stopped as error:
+            said = str(error)
+        except MegaContextError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+        except (KeyboardInterrupt, Ended):
+            said = stop.last_words
+        print(said, file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_status)

@@ -24,15 +24,17 @@ from typing import Any
 from tqdm import tqdm
 
 from jobs import cli
+from jobs.stage import Job as StageJob
 from jobs.stage import run_stage
 from jobs.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import binarize, parquet
 from megacontext.data.binarize import Receipt
-from megacontext.data.shards import Manifest
+from megacontext.data.shards import MANIFEST, Manifest
 from megacontext.data.tokenizer import Tokenizer
-from megacontext.errors import DataError, MegaContextError
+from megacontext.errors import CheckpointError, DataError, MegaContextError
+from megacontext.precision import usable_cores
 
 SECTIONS = [RunConfig, DataConfig]
 SPLITS = ("train", "val")
@@ -63,6 +65,22 @@ def token_dirs(args: cli.Args) -> tuple[str, str]:
     return train, val
 
 
+def ready(args: cli.Args) -> None:
+    """Raises CheckpointError when there is no tokenizer, DataError when there is no text."""
+    where = cli.paths(args)
+    take_over(args)  # its tokenizer, where a run starts from a model
+    Tokenizer.load(where.tokenizer_dir)
+    parquet.split_parquet(parquet.list_parquet(where.data_dir))
+
+
+def has_shards(args: cli.Args) -> bool:
+    """Whether the token shards of the run are there."""
+    try:
+        return all(storage.exists(storage.join(directory, MANIFEST)) for directory in token_dirs(args))
+    except CheckpointError:  # no tokenizer, so no shards of it
+        return False
+
+
 def run(args: cli.Args) -> dict[str, Any]:
     """Binarize both splits, or say that they are complete. Returns `{"prepare_data/<metric>": number}`."""
     where = cli.paths(args)
@@ -73,6 +91,7 @@ def run(args: cli.Args) -> dict[str, Any]:
         where.tokens_dir,
         args.data.max_seq_len,
         min_doc_chars=args.data.min_doc_chars,
+        launcher=args.run.launcher,
     )
 
 
@@ -83,16 +102,18 @@ def prepare(
     seq_len: int,
     shard_bytes: int = binarize.SHARD_BYTES,
     min_doc_chars: int = 0,
+    launcher: str = "ray",
 ) -> dict[str, Any]:
     """Binarize the parquet files of `data_dir` into `tokens_dir`; rows are of `seq_len` + 1 ids.
 
     Training documents shorter than `min_doc_chars` are left out; validation has them all, so that runs compare.
+    `launcher`: "ray" makes a Ray Data task of each file, "local" takes them one after another in this process.
 
     Raises DataError for unusable input, naming the file, StorageError when the output cannot be written.
     """
     began = time.monotonic()
     tokenizer = Tokenizer.load(tokenizer_dir)
-    inputs = dict(zip(SPLITS, parquet.split_parquet(parquet.list_parquet(data_dir)), strict=True))
+    inputs = dict(zip(SPLITS, parquet.text_shards(data_dir), strict=True))
     folders = {split: binarize.split_dir(tokens_dir, seq_len, tokenizer.digest, split) for split in SPLITS}
     jobs = [
         Job(
@@ -111,8 +132,11 @@ def prepare(
     receipts = {job: receipt for job in jobs if (receipt := job.finished()) is not None}
     todo = [job for job in jobs if job not in receipts]
     print(f"prepare_data: {len(jobs)} files of {data_dir}, {len(receipts)} of them already done", flush=True)
+    for job in todo:
+        if binarize.read_receipt(job.out_prefix) is not None:
+            print(f"prepare_data: {job.parquet_path} or its token shards changed; it is binarized again", flush=True)
     if todo:
-        for job, receipt in _with_progress(_run_jobs(todo), len(todo)):
+        for job, receipt in _with_progress((_run_here if launcher == "local" else _run_jobs)(todo), len(todo)):
             receipts[job] = receipt
     manifests = {}
     for split in SPLITS:
@@ -120,6 +144,15 @@ def prepare(
         manifests[split] = binarize.build_manifest(split, of_split, tokenizer, seq_len + 1, data_dir)
         _publish(manifests[split], folders[split])
     return _metrics(manifests, sum(receipts[job].tokens_kept for job in todo), time.monotonic() - began)
+
+
+def _run_here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Receipt]]:
+    """Run jobs in this process, each with a tokenizer thread for every core; yields each as it ends."""
+    for index, job in enumerate(jobs):
+        row = run_job({"index": index, "job": job, "threads": usable_cores()})
+        if row["error"] is not None:
+            raise row["error"]
+        yield job, row["receipt"]
 
 
 def _run_jobs(jobs: Sequence[Job]) -> Iterator[tuple[Job, Receipt]]:
@@ -190,7 +223,7 @@ def _with_progress(done: Iterator[tuple[Job, Receipt]], total: int) -> Iterator[
         for count, (job, receipt) in enumerate(done, start=1):
             bar.update()
             line = (
-                f"prepare_data: {count}/{total} {storage.join(job.split, receipt.input)}: {receipt.documents} documents, "
+                f"prepare_data: {count}/{total} {storage.join(job.split, receipt.input.name)}: {receipt.documents} documents, "
                 f"{receipt.tokens_kept / 1e6:.2f} M tokens, {receipt.tokens_kept / max(receipt.seconds, 1e-9) / 1e6:.2f} M tokens/s"
             )
             if bar.disable:
@@ -228,10 +261,13 @@ def _metrics(manifests: Mapping[str, Manifest], new_tokens: int, seconds: float)
     return metrics
 
 
+JOB = StageJob("prepare_data", run, ready, has_shards)
+
+
 def main() -> None:
     args = cli.parse(SECTIONS, __doc__)
     cli.print_config(args, SECTIONS)
-    cli.finish(lambda: run_stage("prepare_data", args, run, again=True))
+    cli.finish(lambda: run_stage(JOB, args, again=True))
 
 
 if __name__ == "__main__":

@@ -14,22 +14,34 @@ if __package__ in (None, ""):
 from typing import Any
 
 from jobs import cli
-from jobs.stage import run_stage
+from jobs.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import corpus, download, parquet
 
 SECTIONS = [RunConfig, DataConfig]
 
 
+def ready(args: cli.Args) -> None:
+    """Raises DataError when --data_dir holds no text."""
+    if args.data.data_dir:
+        parquet.split_parquet(parquet.list_parquet(args.data.data_dir))
+
+
 def run(args: cli.Args) -> dict[str, Any]:
-    """Make or fetch the parquet shards of the run. With --data_dir they must be there and are only checked."""
+    """Make or fetch the parquet shards of the run. With --data_dir they must be there and are only checked.
+
+    Raises DataError naming each shard whose footer shows that it cannot be used.
+    """
     directory = cli.paths(args).data_dir
     if not args.data.data_dir:
         if args.run.tier == "cpu":
             corpus.write_embedded_corpus(directory)
         else:
             download.fetch_web_shards(directory, args.data.data_shards)
-    train, validation = parquet.split_parquet(parquet.list_parquet(directory))
+    train, validation = parquet.text_shards(directory)
+    unread = parquet.unread_subfolders(directory)
+    if unread:
+        print(f"prepare_text: the parquet files in {', '.join(unread)} below {directory} are not read", flush=True)
     return {
         "prepare_text/train_shards": len(train),
         "prepare_text/val_shards": len(validation),
@@ -37,10 +49,13 @@ def run(args: cli.Args) -> dict[str, Any]:
     }
 
 
+JOB = Job("prepare_text", run, ready)
+
+
 def main() -> None:
     args = cli.parse(SECTIONS, __doc__)
     cli.print_config(args, SECTIONS)
-    cli.finish(lambda: run_stage("prepare_text", args, run, again=True))
+    cli.finish(lambda: run_stage(JOB, args, again=True))
 
 
 if __name__ == "__main__":

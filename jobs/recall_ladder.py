@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import base_train, cli, environment, prepare_data, prepare_text, recall_eval, tok_train
+from jobs.checks import check
+from jobs.parser import Parser
 from jobs.stage import run_stage
+from jobs.user_paths import resolve_paths
 from megacontext import storage
 
 BASELINES = "window,sinks,ours,oracle"
@@ -63,15 +66,13 @@ RUNGS = (
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and questions [default 0]")
     parser.add_argument("--run", default="", help="name of the run [default ladder-<seed>]")
     parser.add_argument("--base_dir", default="", help="folder for data and runs [default: NANOCHAT_BASE_DIR]")
     parser.add_argument("--minutes", type=float, default=15.0, help="training time on this machine [default 15]")
     parser.add_argument(
-        "--num_iterations", type=int, default=-1, help="training steps instead of --minutes [default -1]"
+        "--num_iterations", type=int, low=-1, default=-1, help="training steps instead of --minutes [default -1]"
     )
     parser.add_argument("--budget", type=int, default=256, help="entries that the model is shown, W [default 256]")
     parser.add_argument("--items", type=float, default=1.0, help="share of each rung's questions to ask [default 1]")
@@ -91,13 +92,10 @@ def train(args: argparse.Namespace) -> cli.Args:
     if args.base_dir:
         given["base_dir"] = args.base_dir
     resolved = cli.resolve(given)
-    for name, work in (
-        ("prepare_text", prepare_text.run),
-        ("tok_train", tok_train.run),
-        ("prepare_data", prepare_data.run),
-        ("base_train", base_train.run),
-    ):
-        run_stage(name, resolved, work)
+    jobs = (prepare_text.JOB, tok_train.JOB, prepare_data.JOB, base_train.JOB)
+    check(resolved, jobs)
+    for job in jobs:
+        run_stage(job, resolved)
     return resolved
 
 
@@ -149,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
 
     def work() -> None:
+        resolve_paths(args, "json")
         began = time.perf_counter()
         resolved = train(args)
         trained = time.perf_counter() - began

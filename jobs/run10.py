@@ -16,8 +16,7 @@ from jobs.speedrun import SECTIONS, pipeline
 
 
 def main() -> None:
-    argv = ["--tier" if word == "--gpu" else word.replace("--gpu=", "--tier=", 1) for word in sys.argv[1:]]
-    args = cli.parse(SECTIONS, __doc__, ["--run", "run10", *argv])
+    args = cli.parse(SECTIONS, __doc__, ["--run", "run10", *sys.argv[1:]], aliases={"tier": ["--gpu"]})
     cli.print_config(args, SECTIONS)
     cli.finish(lambda: pipeline(args))
 

@@ -3,6 +3,7 @@
     ray job submit --working-dir . -- python jobs/speedrun.py --run mine
 
 Each stage is skipped when its output is complete, so the same command continues a run that was stopped or killed.
+Other settings under the same name are refused, but for those of evaluations, which run again.
 """
 
 from __future__ import annotations
@@ -14,25 +15,20 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs import base_eval, base_train, cli, prepare_data, prepare_text, report, tok_eval, tok_train
+from jobs.checks import check
 from jobs.stage import run_stage
 from megacontext.config import DataConfig, EvalConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 
 SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, EvalConfig]
 
-STAGES = {
-    "prepare_text": prepare_text.run,
-    "tok_train": tok_train.run,
-    "tok_eval": tok_eval.run,
-    "prepare_data": prepare_data.run,
-    "base_train": base_train.run,
-    "base_eval": base_eval.run,
-}
+JOBS = (prepare_text.JOB, tok_train.JOB, tok_eval.JOB, prepare_data.JOB, base_train.JOB, base_eval.JOB)
 
 
 def pipeline(args: cli.Args) -> None:
-    """Run every stage that has no record yet, then write the report card."""
-    for name, work in STAGES.items():
-        run_stage(name, args, work)
+    """Check the settings, run every stage that is not complete, then write the report card."""
+    check(args, JOBS)
+    for job in JOBS:
+        run_stage(job, args)
     report.run(args)
 
 

@@ -1,47 +1,115 @@
-"""A stage of the pipeline: skipped when its output is complete, else run, timed and recorded."""
+"""A stage of the pipeline as a job runs it: skipped when its output is complete, else run, timed and recorded."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from jobs.cli import Args, flat_config, paths
+from jobs import run_settings, stopping
+from jobs.cli import Args, flat_values, paths, source_name
 from megacontext import storage
+from megacontext.stages import BY_NAME, EVALUATE, TRAIN
 from megacontext.telemetry import provenance
-from megacontext.telemetry.report import write_stage
+from megacontext.telemetry.report import read_stage, write_stage
 
 
-def run_stage(name: str, args: Args, work: Callable[[Args], Mapping[str, Any]], again: bool = False) -> dict[str, Any]:
-    """Run one stage of a run and return its metrics.
+@dataclass(frozen=True)
+class Job:
+    """What a stage does. `name` is its name in megacontext/stages.py.
 
-    `work` returns flat metrics `{"<stage>/<metric>": number}`; strings and lists among them (samples, say) are kept
-    beside the numbers. A stage that has its record is not run again, unless `again`.
+    run: does the work and returns flat metrics `{"<stage>/<metric>": number}`; strings and lists among them (samples,
+    say) are kept beside the numbers.
+    ready: raises when the work cannot begin. Until it has returned, nothing is written into the run.
+    has_output: whether what the stage made is still there.
+    inputs: what an evaluation measures, by name (its checkpoint, say). With other inputs it runs again.
     """
+
+    name: str
+    run: Callable[[Args], Mapping[str, Any]]
+    ready: Callable[[Args], object] = lambda args: None
+    has_output: Callable[[Args], bool] = lambda args: True
+    inputs: Callable[[Args], dict[str, str]] = lambda args: {}
+
+
+def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
+    """Run one stage of a run and return its metrics; a stage that is complete is skipped, unless `again`.
+
+    Raises UserError when the stage was made with other settings: it is not made anew under the same run. An evaluation
+    is: it runs again when its settings or its inputs have changed.
+    """
+    stopping.check()
     run_dir = paths(args).run_dir
-    record = storage.join(run_dir, "stages", f"{name}.json")
-    if not again and storage.exists(record):
-        print(f"== {name}: complete, skipped", flush=True)
-        known: dict[str, Any] = storage.read_json(record)["metrics"]
+    refuse_other_settings(job.name, args)
+    known = None if again else finished(job, args)
+    if known is not None:
+        print(f"== {job.name}: complete, skipped", flush=True)
         return known
-    print(f"== {name}", flush=True)
-    store_config(args)
+    job.ready(args)
+    inputs = job.inputs(args)
+    print(f"== {job.name}", flush=True)
+    if _is_first_process():
+        begin(job.name, args)
     began = time.time()
-    output = dict(work(args))
+    output = dict(job.run(args))
     metrics = {key: value for key, value in output.items() if isinstance(value, int | float)}
     seconds = time.time() - began
-    flops = metrics.get(f"{name}/total_training_flops", 0.0)
+    flops = metrics.get(f"{job.name}/total_training_flops", 0.0)
     texts = {key: value for key, value in output.items() if key not in metrics}
-    write_stage(run_dir, name, seconds, flops, metrics, texts)
-    print(f"== {name}: done in {seconds:.1f} s", flush=True)
+    if _is_first_process():
+        write_stage(
+            run_dir, job.name, seconds, flops, metrics, texts, settings=made_with(job.name, args), inputs=inputs
+        )
+    print(f"== {job.name}: done in {seconds:.1f} s", flush=True)
     return metrics
 
 
-def store_config(args: Args) -> None:
-    """Keep the resolved settings and where they ran beside what the run makes."""
-    provenance.record(paths(args).run_dir)
-    storage.write_bytes(
-        storage.join(paths(args).run_dir, "config.yaml"), yaml.safe_dump(flat_config(args), sort_keys=False).encode()
-    )
+def finished(job: Job, args: Args, say: Callable[[str], object] = print) -> dict[str, Any] | None:
+    """The metrics of a stage that need not run, or None; `say` is told why when a stage with a result runs again.
+
+    Raises UserError when a training from before settings were recorded does not fit the settings asked for.
+    """
+    result = read_stage(paths(args).run_dir, job.name)
+    if result is None:
+        return None
+    if BY_NAME[job.name].kind == EVALUATE:
+        now = made_with(job.name, args) | job.inputs(args)
+        before = result.get("settings", {}) | result.get("inputs", {})
+        changes = run_settings.differences(before, now)
+        if not before:
+            changes = ["its settings were not recorded"]
+    else:
+        changes = [] if job.has_output(args) else ["what it made is not there any more"]
+        if not changes and BY_NAME[job.name].kind == TRAIN and "settings" not in result:
+            job.ready(args)
+    if changes:
+        say(f"== {job.name}: runs again, because {'; '.join(changes)}")
+        return None
+    metrics: dict[str, Any] = result["metrics"]
+    return metrics
+
+
+def refuse_other_settings(name: str, args: Args) -> None:
+    """Raises UserError when the run has made something with other settings than this stage is asked to use."""
+    run_settings.refuse_changes(paths(args).run_dir, args.run.run, name, made_with(name, args), source_name)
+
+
+def made_with(name: str, args: Args) -> dict[str, Any]:
+    """The settings on which the result of a stage depends, by name of the flag."""
+    values = flat_values(args)
+    return run_settings.made_with(name, values, source_name(values))
+
+
+def begin(name: str, args: Args) -> None:
+    """Keep the settings of a stage that begins, and where the run was made: training's word counts, else the first."""
+    run_dir = paths(args).run_dir
+    run_settings.record(run_dir, name, flat_values(args))
+    if BY_NAME[name].kind == TRAIN or not storage.exists(storage.join(run_dir, "provenance.json")):
+        provenance.record(run_dir)
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes for all: under torchrun, the first."""
+    return os.environ.get("RANK", "0") == "0"

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import megacontext as mc
 from jobs import cli
-from megacontext.config import GPTConfig
+from jobs.run_settings import START as STAGE
+from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.errors import UserError
-from megacontext.train.checkpoint import CheckpointWriter, latest_checkpoint, read_meta
-
-STAGE = "start"
+from megacontext.train.checkpoint import CheckpointWriter
 
 
 def take_over(args: cli.Args) -> str | None:
@@ -35,18 +34,13 @@ def take_over(args: cli.Args) -> str | None:
         known = latest_checkpoint(directory, STAGE, warn=lambda _: None)  # what is half written is not damaged
     if known is None:
         return _copy(source, directory)
-    before = read_meta(known)["source"]
+    before = read_meta(known, "source")["source"]
     if before != source:
         raise UserError(
             f"run {cli.paths(args).run_dir!r} was started from {before!r}, --init_from is {source!r}; "
             "give the old one, or start another --run."
         )
     return known
-
-
-def shape(start: str, sequence_len: int) -> GPTConfig:
-    """The shape of a model taken over, for training rows of `sequence_len` tokens."""
-    return replace(GPTConfig(**read_meta(start)["model_config"]), sequence_len=sequence_len)
 
 
 def _copy(source: str, directory: str) -> str:
@@ -57,8 +51,11 @@ def _copy(source: str, directory: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         writer = CheckpointWriter(directory, STAGE, folder, keep=1)
-        writer.save(0, model.state_dict(), {}, meta)
-        writer.close()
+        try:
+            if latest_checkpoint(directory, STAGE, warn=lambda _: None) is None:  # else another job was faster
+                writer.save(0, model.state_dict(), {}, meta)
+        finally:
+            writer.close()
     made = latest_checkpoint(directory, STAGE)
     assert made is not None
     size = model.config

@@ -22,7 +22,7 @@ from typing import Any
 import tiktoken
 
 from jobs import cli
-from jobs.stage import run_stage
+from jobs.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet
 from megacontext.data.tokenizer import Tokenizer
@@ -93,6 +93,11 @@ SAMPLES: Mapping[str, str] = {
 }  # fmt: skip
 
 
+def inputs(args: cli.Args) -> dict[str, str]:
+    """The tokenizer of the run. Raises CheckpointError when there is none."""
+    return {"tokenizer": Tokenizer.load(cli.paths(args).tokenizer_dir).digest}
+
+
 def run(args: cli.Args) -> dict[str, Any]:
     """Compare the tokenizer of the run with the public ones."""
     where = cli.paths(args)
@@ -105,7 +110,7 @@ def evaluate_tokenizer(data_dir: str, tokenizer_dir: str, max_chars: int = SPLIT
     Names without a vocabulary are ours. Prints a table, and a line for each public vocabulary that is not here.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
-    train, validation = parquet.split_parquet(parquet.list_parquet(data_dir))
+    train, validation = parquet.text_shards(data_dir)
     texts = {name: [text] for name, text in SAMPLES.items()}
     texts |= {"train": first_texts(train, max_chars), "val": first_texts(validation, max_chars)}
     count: dict[str, Callable[[str], int]] = {"ours": lambda text: len(tokenizer.encode_numpy(text))}
@@ -181,10 +186,13 @@ def print_table(ratios: Mapping[str, Mapping[str, float]]) -> None:
         print(f"{name:16}" + "".join(f"{row[name]:8.3f}" for row in ratios.values()), flush=True)
 
 
+JOB = Job("tok_eval", run, ready=inputs, inputs=inputs)
+
+
 def main() -> None:
     args = cli.parse(SECTIONS, __doc__)
     cli.print_config(args, SECTIONS)
-    cli.finish(lambda: run_stage("tok_eval", args, run))
+    cli.finish(lambda: run_stage(JOB, args))
 
 
 if __name__ == "__main__":

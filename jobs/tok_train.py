@@ -13,23 +13,37 @@ if __package__ in (None, ""):
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from jobs import cli
-from jobs.stage import run_stage
+from jobs.stage import Job, run_stage
+from jobs.stopping import unhandled
 from jobs.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet
-from megacontext.data.tokenizer import Tokenizer
+from megacontext.data.identity import FileIdentity, check_unchanged, from_json, identify_all
+from megacontext.data.tokenizer import PICKLE_NAME, TOKEN_BYTES_NAME, Tokenizer
 from megacontext.errors import CheckpointError, DataError
 
 SECTIONS = [RunConfig, DataConfig]
 RECORD_NAME = "tok_train.json"
+
+
+def ready(args: cli.Args) -> None:
+    """Raises DataError when there is no text."""
+    if not args.run.init_from:
+        parquet.split_parquet(parquet.list_parquet(cli.paths(args).data_dir))
+
+
+def has_tokenizer(args: cli.Args) -> bool:
+    """Whether every file of the tokenizer of the run is there."""
+    where = cli.paths(args).tokenizer_dir
+    return all(storage.exists(storage.join(where, name)) for name in (PICKLE_NAME, TOKEN_BYTES_NAME))
 
 
 def run(args: cli.Args) -> dict[str, Any]:
@@ -48,10 +62,12 @@ def train_tokenizer(data: DataConfig, data_dir: str, tokenizer_dir: str) -> dict
     `tok_train.json`, written last, says what the tokenizer was made from. Raises DataError for unusable shards and
     UserError when the text is too small for the vocabulary.
     """
-    train_paths, _ = parquet.split_parquet(parquet.list_parquet(data_dir))
+    train_paths, _ = parquet.text_shards(data_dir)
+    before = known_shards(tokenizer_dir)
+    shards = identify_all(train_paths, before)
     made_from = {
         "shards": len(train_paths),
-        "shards_digest": shards_digest(train_paths),
+        "shards_digest": shards_digest(shards),
         "vocab_size": data.vocab_size,
         "tok_max_chars": data.tok_max_chars,
         "tok_doc_cap": data.tok_doc_cap,
@@ -59,14 +75,19 @@ def train_tokenizer(data: DataConfig, data_dir: str, tokenizer_dir: str) -> dict
     known = known_metrics(tokenizer_dir, made_from)
     if known is not None:
         print(f"tok_train: {tokenizer_dir} is complete, skipped", flush=True)
+        if shards != before:  # copied or touched: with the new stamps the next start need not read them
+            write_record(tokenizer_dir, storage.read_json(storage.join(tokenizer_dir, RECORD_NAME)), shards)
         return known
     counts = {"documents": 0, "chars": 0}
     began = time.perf_counter()
     texts = counted(capped(read_all(train_paths), data.tok_max_chars, data.tok_doc_cap), counts, data.tok_max_chars)
-    tokenizer = Tokenizer.train(texts, data.vocab_size)
+    with unhandled():
+        tokenizer = Tokenizer.train(texts, data.vocab_size)
     seconds = time.perf_counter() - began
     if not counts["chars"]:
         raise DataError(f"the training shards of {data_dir!r} hold no text.")
+    for path, shard in zip(train_paths, shards, strict=True):
+        check_unchanged(path, shard)
     tokenizer.save(tokenizer_dir)
     sizes = tokenizer.token_bytes()
     sizes = sizes[sizes > 0].float()
@@ -81,7 +102,7 @@ def train_tokenizer(data: DataConfig, data_dir: str, tokenizer_dir: str) -> dict
         "tok_train/digest": tokenizer.digest,
     }
     record = {"data_dir": data_dir, "made_from": made_from, "config": asdict(data), "metrics": metrics}
-    storage.write_json(storage.join(tokenizer_dir, RECORD_NAME), record)
+    write_record(tokenizer_dir, record, shards)
     print(
         f"tok_train: {tokenizer.vocab_size} tokens from {counts['chars'] / 1e6:.1f} M characters "
         f"in {seconds:.1f} s, saved to {tokenizer_dir}",
@@ -90,11 +111,18 @@ def train_tokenizer(data: DataConfig, data_dir: str, tokenizer_dir: str) -> dict
     return metrics
 
 
+def write_record(tokenizer_dir: str, record: dict[str, Any], shards: Sequence[FileIdentity]) -> None:
+    """Store what a tokenizer was made from, with the identities of its shards."""
+    with_shards = {**record, "shards": [asdict(shard) for shard in shards]}
+    storage.write_json(storage.join(tokenizer_dir, RECORD_NAME), with_shards)
+
+
 def known_metrics(tokenizer_dir: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """Metrics of a tokenizer that is there, loads, and was made from the same; else None, saying why it is remade."""
     try:
         record = storage.read_json(storage.join(tokenizer_dir, RECORD_NAME))
-        digest = Tokenizer.load(tokenizer_dir).digest
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        digest = tokenizer.digest
         before, metrics = dict(record["made_from"]), dict(record["metrics"])
     except FileNotFoundError:
         return None
@@ -108,16 +136,24 @@ def known_metrics(tokenizer_dir: str, made_from: dict[str, Any]) -> dict[str, An
     if changed:
         print(f"tok_train: training again: {', '.join(changed)} changed since {tokenizer_dir} was made", flush=True)
         return None
+    if not storage.exists(storage.join(tokenizer_dir, TOKEN_BYTES_NAME)):
+        tokenizer.save(tokenizer_dir)
+        print(f"tok_train: {tokenizer_dir} had no token_bytes.pt; it is made again from tokenizer.pkl", flush=True)
     return metrics
 
 
-def shards_digest(paths: Iterable[str]) -> str:
-    """SHA-256 of the shards' names and sizes in bytes: cheap, and different when the data set is another one."""
-    digest = hashlib.sha256()
-    for path in paths:
-        fs, inner = storage.filesystem(path)
-        digest.update(f"{path.rsplit('/', 1)[-1]} {fs.size(inner)}\n".encode())
-    return digest.hexdigest()
+def known_shards(tokenizer_dir: str) -> list[FileIdentity]:
+    """Identities of the shards that a tokenizer was made from; none where no readable record says so."""
+    try:
+        record = storage.read_json(storage.join(tokenizer_dir, RECORD_NAME))
+        return [from_json(shard) for shard in record["shards"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+
+
+def shards_digest(shards: Iterable[FileIdentity]) -> str:
+    """SHA-256 of the shards' names, sizes and contents: different when the text is another one."""
+    return hashlib.sha256("".join(f"{shard.content}\n" for shard in shards).encode()).hexdigest()
 
 
 def read_all(paths: Iterable[str]) -> Iterator[str]:
@@ -154,10 +190,13 @@ def counted(texts: Iterable[str], counts: dict[str, int], max_chars: int, line_e
             yield text
 
 
+JOB = Job("tok_train", run, ready, has_tokenizer)
+
+
 def main() -> None:
     args = cli.parse(SECTIONS, __doc__)
     cli.print_config(args, SECTIONS)
-    cli.finish(lambda: run_stage("tok_train", args, run))
+    cli.finish(lambda: run_stage(JOB, args))
 
 
 if __name__ == "__main__":

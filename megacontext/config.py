@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from megacontext import arguments
 from megacontext.errors import UserError
+from megacontext.flags import Section, flag
+from megacontext.stages import EVALUATION, ROWS, TEXT, TOKENIZER, TRAINING
 
-
-def flag(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+MAX_RUN_NAME_BYTES = 200  # file systems allow 255, and temporary names are longer than the final ones
+MIN_VOCAB_SIZE = 265  # 256 bytes and 9 special tokens
+_free = partial(flag, decides=())  # a setting on which no result depends
+_machine = partial(flag, machine=True)
 
 
 def default_base_dir() -> str:
-    """`NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."""
-    return os.environ.get("NANOCHAT_BASE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "nanochat")
+    """`NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`. Raises UserError where neither the variable nor a home folder is there."""
+    given = os.environ.get("NANOCHAT_BASE_DIR")
+    home = os.path.expanduser("~")
+    if not given and home == "~":
+        raise UserError(
+            "there is no home folder: HOME is not set, and the system does not know the user id of this process. "
+            "Set NANOCHAT_BASE_DIR to a folder for data, tokenizer and runs."
+        )
+    return given or os.path.join(home, ".cache", "nanochat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,7 @@ class GPTConfig:
     token_shift: bool = False  # each embedding also carries the token before it; not in nanochat
 
     def __post_init__(self) -> None:
+        arguments.plain_fields(self)  # every value has its type
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -78,110 +90,165 @@ class GPTConfig:
         )
 
 
+def run_name_problem(name: str) -> str:
+    """Why a text cannot be the name of a run's folder on every storage, as the end of a sentence; empty when it can."""
+    if not name.strip():
+        return "it must not be empty"
+    if name in (".", ".."):
+        return "it would be the folder of the runs, or the folder above it"
+    wrong = sorted({letter for letter in name if letter in '/\\*?[]"<>|' or not letter.isprintable()})
+    if wrong:
+        return f"it must not contain {' '.join(map(ascii, wrong))}"
+    if "::" in name:
+        return "it must not contain '::', which joins two storages"
+    size = len(name.encode())
+    return f"it has {size} bytes and may have {MAX_RUN_NAME_BYTES}" if size > MAX_RUN_NAME_BYTES else ""
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section, stages=TRAINING):
     """Who the run is, where it lives and what it runs on."""
 
-    run: str = flag("speedrun", "name of the run; the same name continues where it stopped")
+    run: str = _machine("speedrun", "name of the run; the same name continues where it stopped")
     tier: str = flag(
         "auto",
         "size preset; auto is cpu without a GPU, else by GPU",
         ("auto", "cpu", "5090", "h100", "speedrun", "run1000"),
+        stages=TEXT,
+        decides=(),  # what it stands for is compared: the text, and every setting by itself
     )
-    base_dir: str = flag("", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)")
-    storage: str = flag("", "folder or fsspec URI that holds runs (default: <base_dir>/runs)")
+    base_dir: str = _machine(
+        "", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)"
+    )
+    storage: str = _machine("", "folder or fsspec URI that holds runs (default: <base_dir>/runs)")
     init_from: str = flag(
         "",
         "start from a trained model, ours or nanochat's: a run, a checkpoint or a nanochat base directory, or its URI; "
         "its shape and tokenizer are taken over; with --mc it gets a memory",
+        stages=TOKENIZER,
     )
-    seed: int = flag(1337, "seed of initialization, data order and sampling")
-    num_workers: int = flag(0, "training processes; 0 is one per GPU of the cluster, or 1 without GPUs")
-    cpus_per_worker: int = flag(0, "CPU cores a training process may use; 0 shares the cores of the machine")
-    launcher: str = flag(
+    seed: int = flag(1337, "seed of initialization, data order and sampling", high=2**63 - 1)
+    num_workers: int = _machine(0, "training processes; 0 is one per GPU of the cluster, or 1 without GPUs")
+    cpus_per_worker: int = _machine(0, "CPU cores a training process may use; 0 shares the cores of the machine")
+    launcher: str = _machine(
         "ray", "who starts the training processes; local is this process (or torchrun's), without Ray", ("ray", "local")
     )
-    max_failures: int = flag(3, "restarts of the worker group after a crash before the job gives up")
-    device: str = flag("auto", "where training runs", ("auto", "cpu", "cuda"))
+    max_failures: int = _machine(3, "restarts of the worker group after a crash before the job gives up")
+    device: str = _machine("auto", "where training runs", ("auto", "cpu", "cuda"))
     dtype: str = flag(
-        "auto", "compute dtype; auto is bf16 where the hardware has it natively, else fp32", ("auto", "fp32", "bf16")
+        "auto",
+        "compute dtype; auto is bf16 where the hardware has it natively, else fp32",
+        ("auto", "fp32", "bf16"),
+        stages=TRAINING + EVALUATION,
     )
-    compile: str = flag("auto", "torch.compile; auto is on for GPUs, off on CPUs", ("auto", "on", "off"))
-    wandb: str = flag(
+    compile: str = _free("auto", "torch.compile; auto is on for GPUs, off on CPUs", ("auto", "on", "off"))
+    wandb: str = _machine(
         "auto",
         "Weights & Biases; auto is online with WANDB_API_KEY set, else off",
         ("auto", "online", "offline", "off"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problem = run_name_problem(self.run)
+        if problem:
+            raise UserError(f"--run is {self.run!r}; {problem}. The name of a run is the name of its folder.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, stages=ROWS):
     """Text, tokenizer and token shards."""
 
     data_dir: str = flag(
         "",
         "folder or fsspec URI of parquet shards with a `text` column, last shard = validation; empty: the tier's own data",
+        stages=TEXT,
     )
-    data_shards: int = flag(0, "training shards to download, in tiers that download")
-    vocab_size: int = flag(32768, "tokens in the vocabulary, the nine special ones included")
-    tok_max_chars: int = flag(2_000_000_000, "characters of text the tokenizer is trained on at most")
-    tok_doc_cap: int = flag(10_000, "characters taken of one document when training the tokenizer")
+    data_shards: int = flag(0, "training shards to download, in tiers that download", stages=TEXT)
+    vocab_size: int = flag(
+        32768,
+        "tokens in the vocabulary, the nine special ones included",
+        low=MIN_VOCAB_SIZE,
+        stages=TOKENIZER,
+        shape=True,
+    )
+    tok_max_chars: int = flag(
+        2_000_000_000, "characters of text the tokenizer is trained on at most", low=1, stages=TOKENIZER
+    )
+    tok_doc_cap: int = flag(
+        10_000, "characters taken of one document when training the tokenizer", low=1, stages=TOKENIZER
+    )
     min_doc_chars: int = flag(
         0, "characters below which a training document is left out; only long ones have far context to learn from"
     )
-    max_seq_len: int = flag(2048, "tokens of a training row, T; shards hold rows of T+1")
-    verify_shards: int = flag(1, "check every token shard's checksum before training (0 or 1)")
-
-    def __post_init__(self) -> None:
-        if self.min_doc_chars < 0:
-            raise UserError(
-                f"--min_doc_chars is {self.min_doc_chars}; it must be at least 0, which keeps every document."
-            )
+    max_seq_len: int = flag(2048, "tokens of a training row, T; shards hold rows of T+1", low=2)
+    verify_shards: int = _free(
+        1,
+        "check every token shard's checksum before training and before base_eval (0 or 1)",
+        high=1,
+        stages=TRAINING + EVALUATION,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, stages=TRAINING):
     """The one dial and its few overrides."""
 
-    depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)")
-    width: int = flag(0, "model width; 0 derives it from depth")
-    n_kv_head: int = flag(0, "key/value heads; 0 is one per query head")
+    depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)", low=1, shape=True)
+    width: int = flag(0, "model width; 0 derives it from depth", shape=True)
+    n_kv_head: int = flag(0, "key/value heads; 0 is one per query head", shape=True)
     token_shift: int = flag(
         0,
         "mix each token's embedding with that of the token before it; recall is learned sooner; not in nanochat (0 or 1)",
+        high=1,
+        shape=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section, stages=TRAINING):
     """Horizon, batch, optimizers and the habits of the loop. Defaults are nanochat's 2025 recipe."""
 
     num_iterations: int = flag(
-        -1, "optimizer steps; -1: by target_flops, then max_minutes, then target_param_data_ratio"
+        -1, "optimizer steps; -1: by target_flops, then max_minutes, then target_param_data_ratio", low=-1
     )
-    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 is off")
+    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 is off", above=0, off=-1)
     max_minutes: float = flag(
-        -1.0, "size the horizon so that training takes about this long on this machine, in minutes; -1 is off"
+        -1.0,
+        "size the horizon so that training takes about this long on this machine, in minutes; -1 is off",
+        above=0,
+        off=-1,
     )
-    target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
-    device_batch_size: int = flag(32, "rows per forward pass of one worker")
-    total_batch_size: int = flag(524288, "tokens per optimizer step over all workers")
+    min_tokens: int = flag(
+        0,
+        "fewest training tokens of a run that max_minutes sizes; where fewer fit, training takes longer and says so. "
+        "A --max_minutes on the command line makes this 0, unless it is given too",
+    )
+    target_param_data_ratio: float = flag(20.0, "training tokens per parameter; -1 is off", above=0, off=-1)
+    device_batch_size: int = _free(32, "rows per forward pass of one worker", low=1, stages=TRAINING + EVALUATION)
+    total_batch_size: int = flag(524288, "tokens per optimizer step over all workers", low=1)
     embedding_lr: float = flag(0.2, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head at width 768")
     matrix_lr: float = flag(0.02, "Muon learning rate of the block matrices")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping")
-    warmup_ratio: float = flag(0.0, "share of the steps with a rising learning rate")
-    warmdown_ratio: float = flag(0.2, "share of the steps with a falling learning rate")
-    final_lr_frac: float = flag(0.0, "learning rate at the end, as a share of the peak")
-    eval_every: int = flag(250, "steps between validations; -1 validates at the end only")
-    eval_tokens: int = flag(20 * 524288, "tokens of one validation; all of them if there are fewer")
-    sample_every: int = flag(2000, "steps between printed samples; -1 samples at the end only")
-    save_every: int = flag(1000, "steps between checkpoints; -1 saves at the end only")
-    keep_checkpoints: int = flag(2, "newest checkpoints kept; the best by validation is kept as well")
-    log_every: int = flag(1, "steps between printed lines; metrics.jsonl has every step")
-    log_rows: int = flag(0, "write the ids of the rows of every step to rows/<stage>_rank<r>.jsonl (0 or 1)")
-    stream: str = flag(
+    warmup_ratio: float = flag(0.0, "share of the steps with a rising learning rate", high=1)
+    warmdown_ratio: float = flag(0.2, "share of the steps with a falling learning rate", high=1)
+    final_lr_frac: float = flag(0.0, "learning rate at the end, as a share of the peak", high=1)
+    eval_every: int = _free(250, "steps between validations; -1 validates at the end only", low=1, off=-1)
+    eval_tokens: int = flag(
+        20 * 524288,
+        "tokens of one validation; all of them if there are fewer",
+        low=1,
+        stages=TRAINING + EVALUATION,
+        decides=EVALUATION,
+    )
+    sample_every: int = _free(2000, "steps between printed samples; -1 samples at the end only", low=1, off=-1)
+    save_every: int = _free(1000, "steps between checkpoints; -1 saves at the end only", low=1, off=-1)
+    keep_checkpoints: int = _free(2, "newest checkpoints kept; the best by validation is kept as well; 0 keeps all")
+    log_every: int = _free(1, "steps between printed lines; metrics.jsonl has every step", low=1)
+    log_rows: int = _free(0, "write the ids of the rows of every step to rows/<stage>_rank<r>.jsonl (0 or 1)", high=1)
+    stream: str = _free(
         "auto",
         "how rows reach the workers: Ray Data, or a memory map of the same rows; auto is ray under Ray",
         ("auto", "ray", "mmap"),
@@ -189,36 +256,39 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Section, stages=TRAINING):
     """MegaContext: the gist tree, what fills the working context, and how both are trained. Lengths in tokens or entries."""
 
-    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)")
-    block_size: int = flag(32, "children per gist")
-    max_lod: int = flag(2, "highest level in training; inference uses as many as the history needs")
-    gistnet_type: str = flag("transformer", "what makes a gist of its children", ("transformer", "mean"))
-    gistnet_layers: int = flag(2, "transformer layers over the children of a gist")
-    gistnet_pooling: str = flag("mean", "how the layers' outputs become one vector", ("mean", "query", "cls"))
-    gistnet_head: str = flag("mlp", "last step of a gist", ("linear", "mlp"))
-    lensnet_layers: int = flag(2, "transformer layers over the entries")
-    lensnet_head: str = flag("mlp", "from an entry's state to its score", ("linear", "mlp"))
-    routing_slots: int = flag(4, "routing keys of a node; 0 turns routing off")
-    routing_width: int = flag(64, "numbers in a routing key")
+    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)", high=1)
+    block_size: int = flag(32, "children per gist", low=2, shape=True)
+    max_lod: int = flag(2, "highest level in training; inference uses as many as the history needs", low=1)
+    gistnet_type: str = flag("transformer", "what makes a gist of its children", ("transformer", "mean"), shape=True)
+    gistnet_layers: int = flag(2, "transformer layers over the children of a gist", shape=True)
+    gistnet_pooling: str = flag(
+        "mean", "how the layers' outputs become one vector", ("mean", "query", "cls"), shape=True
+    )
+    gistnet_head: str = flag("mlp", "last step of a gist", ("linear", "mlp"), shape=True)
+    lensnet_layers: int = flag(2, "transformer layers over the entries", shape=True)
+    lensnet_head: str = flag("mlp", "from an entry's state to its score", ("linear", "mlp"), shape=True)
+    routing_slots: int = flag(4, "routing keys of a node; 0 turns routing off", shape=True)
+    routing_width: int = flag(64, "numbers in a routing key", low=1, shape=True)
     positional_type: str = flag(
         "slot",
         "rotary position of an entry: its number in the context, its mean true position, or the expectation over its span; "
         "with alibi also less attention the more text is hidden behind it",
         ("slot", "simple", "gaussian", "gaussian_alibi"),
     )
-    allocator_type: str = flag("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
-    allocator_recent_tokens: int = flag(128, "newest tokens that stay raw")
-    allocator_expand_threshold: float = flag(0.1, "score above which an entry may be expanded")
-    allocator_collapse_threshold: float = flag(
+    allocator_type: str = _free("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
+    allocator_recent_tokens: int = flag(128, "newest tokens that stay raw", low=1)
+    allocator_expand_threshold: float = _free(0.1, "score above which an entry may be expanded", high=1)
+    allocator_collapse_threshold: float = _free(
         0.1,
         "a group may collapse for an entry whose score is above its mean by this and the other; raw ones with a mean below "
         "minus this collapse anyway",
+        high=1,
     )
-    allocator_sample_top_k: int = flag(4, "candidates that stochastic_greedy draws from")
-    allocator_sample_temperature: float = flag(1.0, "temperature of that draw")
+    allocator_sample_top_k: int = _free(4, "candidates that stochastic_greedy draws from", low=1)
+    allocator_sample_temperature: float = _free(1.0, "temperature of the draw of stochastic_greedy", above=0)
     mc_num_random_variants: int = flag(4, "extra working contexts per sequence, N")
     mc_train_wc_length: int = flag(0, "entries of a variant at the end of training; 0 is a fifth of the sequence")
     mc_start_wc_length: int = flag(
@@ -226,14 +296,20 @@ class MemoryConfig:
         "entries of a variant at its start; 0 is four fifths of the sequence. Short where a trained memory goes on learning",
     )
     mc_max_counterfactuals: int = flag(0, "single edits measured per sequence for LensNet")
-    mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks")
+    mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks", high=1)
     mc_recall_answer_weight: float = flag(
         16.0, "weight of an answer's token in the loss, where its evidence is raw; other tokens have 1"
     )
-    mc_auto_batch: int = flag(1, "shrink the device batch so that the views of --mc fit where the rows did (0 or 1)")
+    mc_auto_batch: int = _free(
+        1,
+        "halve the device batch until the rows and views of --mc fit the free memory, measured once a run (0 or 1)",
+        high=1,
+    )
     mc_gist_loss_weight: float = flag(1.0, "weight of the loss on the variants' entries")
     mc_gist_teacher_share: float = flag(
-        0.6, "in that loss: share of every target in text that is what the raw row predicts, instead of what came next"
+        0.6,
+        "in that loss: share of every target in text that is what the raw row predicts, instead of what came next",
+        high=1,
     )
     mc_gist_penalty_weight: float = flag(
         0.1, "in that loss: weight of how far the variants' states of the shared tail are from those of the raw row"
@@ -245,29 +321,27 @@ class MemoryConfig:
     mc_lens_attention_weight: float = flag(
         1.0, "in that loss: weight of the scores that the attention of the newest tokens to raw text asks for"
     )
-    mc_lens_temperature: float = flag(1.0, "of its Bradley-Terry term; lower is sharper")
-    mc_lens_adv_norm_beta: float = flag(0.9, "memory of the running scale of advantages")
+    mc_lens_temperature: float = flag(
+        1.0, "temperature of the Bradley-Terry term of the lens loss; lower is sharper", above=0
+    )
+    mc_lens_adv_norm_beta: float = flag(0.9, "memory of the running scale of advantages", high=1)
     mc_lens_kl_weight: float = flag(0.0, "weight of the divergence of the scores from an even distribution")
     mc_lens_budget_smooth_weight: float = flag(0.0, "weight that holds the mean score near its running mean")
-    mc_lens_budget_smooth_beta: float = flag(0.9, "memory of that running mean")
-    mc_lens_hard_negative_ratio: float = flag(1.0, "share of pairs kept, most wrongly ordered first")
+    mc_lens_budget_smooth_beta: float = flag(0.9, "memory of the running mean of the scores", high=1)
+    mc_lens_hard_negative_ratio: float = flag(1.0, "share of pairs kept, most wrongly ordered first", high=1)
     mc_lens_rank_weight: float = flag(0.5, "weight of the margin ranking term")
     mc_lens_budget_weight: float = flag(
         0.1, "weight that keeps the mean score at zero: as much to collapse as to expand"
     )
     mc_lens_margin: float = flag(0.1, "margin of the ranking term")
     mc_aux_dtype: str = flag("auto", "dtype of GistNet and LensNet; auto is the model's", ("auto", "fp32", "bf16"))
-    mc_eval_soft_max_length: int = flag(0, "budget of evaluation and inference in entries; 0 is the sequence length")
-    mc_infer_allocator_max_replacements: int = flag(8, "edits per iteration at inference")
-    mc_infer_allocator_iterations: int = flag(8, "iterations per refocus at inference; one level deeper each")
-    mc_infer_refocus_interval: int = flag(32, "new tokens between refocuses at inference")
+    mc_eval_soft_max_length: int = _free(0, "budget of evaluation and inference in entries; 0 is the sequence length")
+    mc_infer_allocator_max_replacements: int = _free(8, "edits per iteration at inference")
+    mc_infer_allocator_iterations: int = _free(8, "iterations per refocus at inference; one level deeper each")
+    mc_infer_refocus_interval: int = _free(32, "new tokens between refocuses at inference", low=1)
 
     def __post_init__(self) -> None:
-        at_least = {"block_size": 2, "max_lod": 1, "routing_slots": 0, "routing_width": 1, "mc_num_random_variants": 0,
-                    "mc_infer_refocus_interval": 1, "allocator_recent_tokens": 1}  # fmt: skip
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}.")
+        super().__post_init__()
         if self.gistnet_layers not in (2, 4) or self.lensnet_layers not in (2, 4, 8):
             raise UserError(
                 f"--gistnet_layers {self.gistnet_layers} must be 2 or 4, --lensnet_layers {self.lensnet_layers} 2, 4 or 8."
@@ -276,32 +350,43 @@ class MemoryConfig:
             raise UserError(
                 f"--block_size {self.block_size} is not a multiple of --routing_slots {self.routing_slots}; each key covers as many tokens."
             )
-        for name in ("mc_recall_share", "mc_gist_teacher_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; a share lies between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section, stages=EVALUATION):
     """What is measured after training."""
 
     eval_bundle: str = flag("", "folder with core.yaml, eval_meta_data.csv and eval_data/ for CORE; empty skips CORE")
-    core_max_per_task: int = flag(500, "items per CORE task; -1 is all")
-    sample_tokens: int = flag(32, "tokens of each printed sample")
+    core_max_per_task: int = flag(500, "items per CORE task; -1 is all", low=1, off=-1)
+    sample_tokens: int = flag(32, "tokens of each printed sample", low=1)
 
 
 TIERS: Mapping[str, Mapping[str, Any]] = {
     "cpu": dict(depth=4, width=128, max_seq_len=512, vocab_size=8192, device_batch_size=8, total_batch_size=4096,
-                max_minutes=7.0, warmdown_ratio=0.5, eval_every=200, eval_tokens=65_536, sample_every=-1, save_every=100, log_every=10,
-                core_max_per_task=20, mc_recall_share=0.25),
-    "5090": dict(depth=12, device_batch_size=16, data_shards=110, mc_recall_share=0.25),
-    "h100": dict(depth=12, device_batch_size=32, data_shards=110, mc_recall_share=0.25),
-    "speedrun": dict(depth=20, device_batch_size=32, data_shards=240, mc_recall_share=0.25),
-    "run1000": dict(depth=32, device_batch_size=8, data_shards=800, mc_recall_share=0.25),
+                max_minutes=7.0, min_tokens=1_000_000, warmdown_ratio=0.5, eval_every=200, eval_tokens=65_536, sample_every=-1,
+                save_every=100, log_every=10, core_max_per_task=20),
+    "5090": dict(depth=12, device_batch_size=16, data_shards=110),
+    "h100": dict(depth=12, device_batch_size=32, data_shards=110),
+    "speedrun": dict(depth=20, device_batch_size=32, data_shards=240),
+    "run1000": dict(depth=32, device_batch_size=8, data_shards=800),
+}  # fmt: skip
+
+# What --mc implies in a tier. Recall needs the token shift and generated tasks. On CPUs a model of half the depth and a
+# quarter of the vocabulary learns it in a quarter of an hour (jobs/records/2026-11-27_cpu_tier.md).
+_RECALL: Mapping[str, Any] = dict(token_shift=1, mc_recall_share=0.25)
+MC_IMPLIES: Mapping[str, Mapping[str, Any]] = {
+    "cpu": dict(token_shift=1, mc_recall_share=0.5, depth=2, vocab_size=2048, max_minutes=10.0, min_tokens=2_457_600, warmdown_ratio=0.4,
+                mc_num_random_variants=1, allocator_recent_tokens=32, routing_slots=8, routing_width=32),
+    "5090": _RECALL, "h100": _RECALL, "speedrun": _RECALL, "run1000": _RECALL,
 }  # fmt: skip
 
 
-def from_flat(section: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build one section from a flat mapping; keys of other sections are ignored."""
-    names = {f.name for f in fields(section)}
-    return replace(section(), **{name: value for name, value in values.items() if name in names})
+def preset(tier: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a tier, below those that a user or a run has chosen: with a memory, what it implies as well.
+
+    Minutes that are chosen are kept: the tier's `min_tokens` then do not lengthen them.
+    """
+    values = {**TIERS[tier], **(MC_IMPLIES[tier] if chosen.get("mc") else {})}
+    if "max_minutes" in chosen:
+        values.pop("min_tokens", None)
+    return values

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import tiktoken.load
@@ -13,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import tok_eval
-from jobs.tok_train import capped, train_tokenizer
+from jobs.tok_train import capped, known_shards, train_tokenizer
 from megacontext.config import DataConfig
 from megacontext.data import parquet
+from megacontext.data.identity import identify
 from megacontext.data.tokenizer import Tokenizer
 
 WORDS = ["the", "harbour", "def", "return", "count", "naïve", "12", "345", "x**2", "ein", "möwe"]
@@ -46,12 +49,42 @@ def test_tok_train_job(texts: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert train_tokenizer(config, data_dir, out) == metrics
     assert "complete, skipped" in capsys.readouterr().out
     assert Path(out, "tokenizer.pkl").stat().st_mtime_ns == before
+    sizes = Path(out, "token_bytes.pt").read_bytes()
+    Path(out, "token_bytes.pt").unlink()
+    assert train_tokenizer(config, data_dir, out) == metrics
+    assert "had no token_bytes.pt; it is made again" in capsys.readouterr().out
+    assert Path(out, "token_bytes.pt").read_bytes() == sizes
     assert train_tokenizer(DataConfig(vocab_size=280, tok_doc_cap=500), data_dir, out)["tok_train/vocab_size"] == 280
     assert "vocab_size changed" in capsys.readouterr().out
     Path(out, "tokenizer.pkl").write_bytes(b"broken")
     train_tokenizer(DataConfig(vocab_size=280, tok_doc_cap=500), data_dir, out)
     assert "is not a tokenizer" in capsys.readouterr().out
     assert Tokenizer.load(out).vocab_size == 280
+
+
+def test_a_tokenizer_is_made_again_when_its_text_changed(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir, out = shard_folder(tmp_path / "data", texts), str(tmp_path / "tok")
+    shard = Path(data_dir, "shard_00000.parquet")
+    config = DataConfig(vocab_size=290)
+
+    def write(documents: list[str]) -> None:
+        pq.write_table(
+            pa.table({"text": documents}), shard, compression="none", use_dictionary=False, write_statistics=False
+        )
+
+    write(texts[:8])
+    size = shard.stat().st_size
+    digest = train_tokenizer(config, data_dir, out)["tok_train/digest"]
+    write([text[::-1] for text in texts[:8]])
+    assert shard.stat().st_size == size
+    assert train_tokenizer(config, data_dir, out)["tok_train/digest"] != digest
+    assert "shards_digest changed" in capsys.readouterr().out
+    write([text[::-1] for text in texts[:8]])  # the same content written again
+    train_tokenizer(config, data_dir, out)
+    assert "complete, skipped" in capsys.readouterr().out
+    assert known_shards(out)[0] == identify(str(shard))
 
 
 @given(st.lists(st.text(max_size=30), max_size=10), st.integers(1, 100), st.integers(1, 20))

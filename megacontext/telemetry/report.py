@@ -6,7 +6,6 @@ of report.json, so nothing can be said that was not measured.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,11 @@ from typing import Any
 
 from megacontext import storage
 from megacontext.errors import UserError
+from megacontext.stages import STAGES
 from megacontext.telemetry import plots, provenance
 from megacontext.telemetry.metrics_file import read_metrics
 from megacontext.telemetry.render import render_card, render_markdown
 
-STAGES = (
-    "prepare_text",
-    "tok_train", "tok_eval", "prepare_data", "base_train", "base_eval", "memory_eval", "recall_eval", "mid_train", "chat_sft", "chat_rl", "chat_eval",
-)  # fmt: skip
 _PLOTS = (
     ("train_loss", "train/loss", "nats per token", "Training loss"),
     ("val_bpb", "val/bpb", "bits per byte", "Validation bits per byte"),
@@ -31,7 +27,8 @@ _PLOTS = (
 _MEDIANS = ("train/dt", "train/tok_per_sec", "train/mfu", "train/grad_norm")
 _DRIFTS = ("mc/adv_delta_mean",)
 _PICTURES = "pictures"
-_CURVE_STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # metrics.jsonl -> stage
+_ORDER = [stage.name for stage in STAGES]
+_CURVE_STAGES = {stage.checkpoint: stage.name for stage in STAGES if stage.checkpoint}  # metrics.jsonl -> stage
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,61 @@ def write_stage(
     flops: float,
     metrics: Mapping[str, float],
     text: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
-    """Store a finished stage's result for the report: wall seconds, FLOPs spent, flat metrics, and texts such as samples."""
-    value = {"stage": stage, "seconds": seconds, "flops": flops, "metrics": dict(metrics), "text": dict(text or {})}
+    """Store a finished stage's result for the report: wall seconds, FLOPs spent, flat metrics, and texts such as samples.
+
+    settings: on which the result depends, by name. inputs: what was measured, by name; both for deciding whether a
+    stage must run again.
+    """
+    value: dict[str, Any] = {
+        "stage": stage,
+        "seconds": seconds,
+        "flops": flops,
+        "metrics": dict(metrics),
+        "text": dict(text or {}),
+    }
+    value |= {} if settings is None else {"settings": dict(settings)}
+    value |= {"inputs": dict(inputs)} if inputs else {}
     storage.write_json(storage.join(run_dir, "stages", f"{stage}.json"), value)
 
 
 def read_stage(run_dir: str, stage: str) -> dict[str, Any] | None:
-    """What `write_stage` stored of a stage, or None."""
+    """What `write_stage` stored of a stage, or None. Raises UserError when the file is damaged."""
     path = storage.join(run_dir, "stages", f"{stage}.json")
-    known: dict[str, Any] | None = storage.read_json(path) if storage.exists(path) else None
-    return known
+    if not storage.exists(path):
+        return None
+    try:
+        result = storage.read_json(path)
+        problem = _problem(result)
+    except (ValueError, RecursionError) as error:
+        problem = f"it is not JSON ({error})"
+    if problem:
+        raise UserError(f"the stage result {path!r} is damaged: {problem}. Remove the file; the stage then runs again.")
+    return {"stage": stage, "flops": 0.0, "text": {}, **result}
+
+
+def _problem(result: Any) -> str:
+    """What is wrong with the result of a stage; empty when nothing is."""
+    if not isinstance(result, dict):
+        return "it is not an object"
+    absent = [name for name in ("seconds", "metrics") if name not in result]
+    if absent:
+        return f"it has no {' and no '.join(absent)}"
+    for name in ("seconds", "flops"):
+        if not _is_number(result.get(name, 0)):
+            return f"{name} is {result[name]!r} and must be a number"
+    for name in ("metrics", "text", "settings", "inputs"):
+        if not isinstance(result.get(name, {}), dict):
+            return f"{name} must be an object"
+    wrong = [name for name, value in result["metrics"].items() if not _is_number(value)]
+    return f"the metric {wrong[0]!r} is not a number" if wrong else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def run_of_checkpoint(path: str) -> str | None:
@@ -119,17 +160,9 @@ def read_stages(run_dir: str) -> dict[str, dict[str, Any]]:
     """Stage results in pipeline order, other names after them by alphabet. Raises UserError for a damaged file."""
     folder = storage.join(run_dir, "stages")
     names = [name[: -len(".json")] for name in storage.list_dir(folder) if name.endswith(".json") and name[0] != "."]
-    names.sort(key=lambda name: (STAGES.index(name) if name in STAGES else len(STAGES), name))
-    found = {}
-    for name in names:
-        path = storage.join(folder, f"{name}.json")
-        try:
-            found[name] = dict(storage.read_json(path))
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"stage result {path!r} is damaged: {error}. Remove it and run that stage again."
-            ) from error
-    return found
+    names.sort(key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    found = {name: read_stage(run_dir, name) for name in names}
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def collect_numbers(
@@ -198,15 +231,32 @@ def _copy_pictures(run_dir: str, folder: str) -> list[str]:
 
 
 def _read_provenance(run_dir: str) -> dict[str, Any]:
-    """What the run recorded about itself, or this process where it recorded nothing."""
+    """What the run recorded about itself, or this process where it recorded nothing. Raises UserError for a damaged file."""
+    path = storage.join(run_dir, "provenance.json")
     try:
-        return dict(storage.read_json(storage.join(run_dir, "provenance.json")))
+        found = storage.read_json(path)
     except FileNotFoundError:
         return provenance.collect()
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path!r} is damaged: it is not JSON ({error}). Remove the file and make the report again."
+        ) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name, {}), dict) for name in ("hardware", "versions")
+    ):
+        raise UserError(
+            f"{path!r} is damaged: it does not say where the run was made. Remove the file and make the report again."
+        )
+    return found
 
 
 def _read_config(run_dir: str) -> str:
+    path = storage.join(run_dir, "config.yaml")
     try:
-        return storage.read_bytes(storage.join(run_dir, "config.yaml")).decode().strip()
+        return storage.read_bytes(path).decode().strip()
     except FileNotFoundError:
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path!r}, which holds the settings of the run, is damaged: {error}. Restore or remove it."
+        ) from None

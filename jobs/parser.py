@@ -1,0 +1,60 @@
+"""A command line whose mistakes are told in two lines, with the flag that was most likely meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` that shows its description as it is written, accepts no abbreviations, and limits its numbers.
+
+    A mistake ends the program with status 2.
+    """
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def add_argument(  # type: ignore[override]
+        self, *names: str, low: float = 0, high: float = math.inf, **settings: Any
+    ) -> argparse.Action:
+        """As in `ArgumentParser`; a flag of type int or float takes finite numbers from `low` to `high`."""
+        if settings.get("type") in (int, float):
+            settings["type"] = _number(settings["type"], low, high)
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and which flag comes nearest to an unknown one."""
+        self.exit(2, f"{self.prog}: {message}{self._meant(message)}.\n{self.prog} --help lists all flags.\n")
+
+    def _meant(self, message: str) -> str:
+        if not message.startswith("unrecognized arguments: "):
+            return ""
+        known = [option for action in self._actions for option in action.option_strings]
+        found = []
+        for word in message.split()[2:]:
+            near = difflib.get_close_matches(word.partition("=")[0], known, 1) if word.startswith("-") else []
+            if near and near[0] not in found:
+                found.append(near[0])
+        return f" (did you mean {', '.join(found)}?)" if found else ""
+
+
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """The `type` of a numeric flag."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not (math.isfinite(value) and low <= value <= high):
+            limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed, it must be {limits}")
+        return value
+
+    return parse

@@ -1,0 +1,127 @@
+"""A setting: a dataclass field that is also a command-line flag, with its limits and the stages that read it.
+
+A section of settings is a frozen dataclass that inherits from `Section`; its values are checked when it is made.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from megacontext.errors import UserError
+
+
+def flag(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    low: float | None = 0,
+    high: float | None = None,
+    above: float | None = None,
+    off: float | None = None,
+    stages: tuple[str, ...] | None = None,
+    decides: tuple[str, ...] | None = None,
+    machine: bool = False,
+    shape: bool = False,
+) -> Any:
+    """A field of a section that is a command-line flag as well.
+
+    low, high: the smallest and the largest number allowed. above: numbers must be larger than this one; replaces `low`.
+    off: a number outside these limits that is allowed too (-1 where it means "off").
+    stages: the stages that read the setting; unless given, those of the section.
+    decides: the stages whose result depends on the setting; unless given, all that read it.
+    machine: the setting says where or how one job runs. A later job of the run does not take it over.
+    shape: the setting decides which weights a model has, so `--init_from` takes it from the model.
+    """
+    limits = {"low": None if above is not None else low, "high": high, "above": above, "off": off}
+    metadata = {"help": help, "choices": choices, **limits, "stages": stages, "decides": () if machine else decides,
+                "machine": machine, "shape": shape}  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base class of a section. `class Data(Section, stages=…)` names the stages that read its settings."""
+
+    stages: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, *, stages: tuple[str, ...] = (), **others: Any) -> None:
+        super().__init_subclass__(**others)
+        cls.stages = stages
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the first setting whose value is outside its limits."""
+        for item in fields(self):
+            check_value(item, getattr(self, item.name))
+
+
+def readers(section: type[Section], item: Field[Any]) -> tuple[str, ...]:
+    """The stages that read a setting."""
+    stages = item.metadata["stages"]
+    return section.stages if stages is None else tuple(stages)
+
+
+def decided(section: type[Section], item: Field[Any]) -> tuple[str, ...]:
+    """The stages whose result depends on a setting."""
+    stages = item.metadata["decides"]
+    return readers(section, item) if stages is None else tuple(stages)
+
+
+def free_flags(section: type[Section], stage: str) -> frozenset[str]:
+    """Names of a section's settings on which the result of a stage does not depend."""
+    return frozenset(item.name for item in fields(section) if stage not in decided(section, item))
+
+
+def check_value(item: Field[Any], value: Any) -> None:
+    """Raises UserError when a setting has a value of the wrong type or outside its limits."""
+    problem = _problem(item, value)
+    if problem:
+        raise UserError(f"--{item.name} is {value if isinstance(value, numbers.Real) else repr(value)}; {problem}.")
+
+
+def from_flat(section: type[Any], values: Mapping[str, Any]) -> Any:
+    """Build one section from a flat mapping; keys of other sections are ignored. Raises UserError for impossible values."""
+    names = {item.name for item in fields(section)}
+    return replace(section(), **{name: value for name, value in values.items() if name in names})
+
+
+def _problem(item: Field[Any], value: Any) -> str:
+    """What is wrong with a value, as the end of a sentence; empty when it is right."""
+    choices = item.metadata["choices"]
+    if isinstance(item.default, str):
+        if not isinstance(value, str):
+            return "it must be text"
+        if "\0" in value:
+            return "it must not contain a null character"
+        return "" if not choices or value in choices else f"it must be one of {', '.join(choices)}"
+    if isinstance(item.default, int):
+        if not isinstance(value, numbers.Integral):
+            return "it must be a whole number"
+    elif not isinstance(value, numbers.Real):
+        return "it must be a number"
+    elif not math.isfinite(value):
+        return "it must be a finite number"
+    return "" if _within(item, value) else _limits(item)
+
+
+def _within(item: Field[Any], value: Any) -> bool:
+    low, high, above, off = (item.metadata[name] for name in ("low", "high", "above", "off"))
+    if off is not None and value == off:
+        return True
+    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+
+
+def _limits(item: Field[Any]) -> str:
+    """The limits of a number in words."""
+    low, high, above, off = (item.metadata[name] for name in ("low", "high", "above", "off"))
+    if high is not None and above is None:
+        words = f"{low} or {high}" if isinstance(item.default, int) and high == low + 1 else f"between {low} and {high}"
+    elif above is not None:
+        words = f"above {above}" + (f" and at most {high}" if high is not None else "")
+    else:
+        words = f"at least {low}"
+    return f"it must be {words}" + (f", or {off}" if off is not None else "")
