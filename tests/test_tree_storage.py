@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import tree_programs
+from patience import PATIENCE_S
 from tree_programs import BLOCK, ENV, STREAM, append_error, assert_prefix, open_tree
 
-from megacontext.context import disk_files, store_disk
+from megacontext.context import disk_files, recovery, store_disk
 from megacontext.context.disk_files import RecordFile
-from megacontext.errors import DataError, StorageError, UserError
+from megacontext.context.tree import all_records
+from megacontext.errors import DamagedError, StorageError, UserError
 
 
 @pytest.fixture
@@ -76,7 +78,8 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
 def test_t4_death_at_every_byte_of_an_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _, writes = snapshots(tmp_path, monkeypatch)
     total = sum(len(data) for _, _, data in writes)
-    assert (writes[0][0], writes[-1][0]) == ("ids.bin", "commit.bin")
+    names = [name for name, _, _ in writes]
+    assert (names[:2], names[-1]) == (["commit.bin", "ids.bin"], "commit.bin")  # announced, written, committed
     for budget in range(total + 1):
         folder = tmp_path / "cut"
         shutil.copytree(before, folder)
@@ -108,9 +111,8 @@ def test_t4_any_file_truncated_at_every_byte_of_the_last_append(
             os.truncate(folder / path.name, cut)
             with open_tree(folder) as tree:
                 kept = tree.tokens
-                allowed = {101} if path.name.startswith("gists") else {71, 101}
-                if path.name == "commit.bin":  # its slots are never appended to; without them whole blocks are kept
-                    allowed |= {100}
+                # Of an append whose commit is not borne out, the blocks that have their checksum are kept.
+                allowed = {101} if path.name.startswith("gists") else {71, 101, *range(72, 101, BLOCK)}
                 assert kept in allowed, (path.name, cut)
                 assert_prefix(tree, kept)
             shutil.rmtree(folder)
@@ -143,7 +145,7 @@ def test_t4_dying_again_while_recovering(tmp_path: Path, monkeypatch: pytest.Mon
             with pytest.raises(Died):
                 open_tree(folder)
         with open_tree(folder) as tree:
-            assert_prefix(tree, 71)
+            assert_prefix(tree, 80)
         shutil.rmtree(folder)
 
 
@@ -167,7 +169,7 @@ def test_t4_garbage_behind_the_end_is_cut(tmp_path: Path, monkeypatch: pytest.Mo
 def test_t4_damage_since_the_last_flush_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power cut can do to bytes that were written but not flushed, before the last append as well."""
     before, _, _ = snapshots(tmp_path, monkeypatch)
-    for name, offset, kept in (("ids.bin", 10 * 4, 8), ("ids.crc", 3 * 4, 12), ("gists_0_01.bin", 5, 71)):
+    for name, offset, kept in (("ids.bin", 10 * 4, 8), ("ids.crc", 3 * 4, 71), ("gists_0_01.bin", 5, 71)):
         folder = tmp_path / "cut"
         shutil.copytree(before, folder)
         damage(folder / name, offset)
@@ -186,25 +188,59 @@ def test_damage_of_flushed_ids_is_not_cut_away_unasked(tmp_path: Path) -> None:
     with open_tree(tmp_path / "t") as tree:
         tree.append(STREAM[:100])
     damage(tmp_path / "t" / "ids.bin", 10 * 4)
-    for writable in (True, False):
-        with pytest.raises(DataError, match=r"ids \[0, 100\).* have changed"):
-            open_tree(tmp_path / "t", writable=writable)
+    with pytest.raises(DamagedError, match=r"ids \[8, 12\) in .*ids.bin.* have changed.*8 tokens are intact"):
+        open_tree(tmp_path / "t")
+    with open_tree(tmp_path / "t", writable=False) as reader:
+        assert np.array_equal(reader.ids(0, reader.tokens), STREAM[:8])
+        with pytest.raises(DamagedError, match=r"ids \[8, 12\)"):
+            reader.verify()
     with open_tree(tmp_path / "t", salvage=True) as tree:
         assert_prefix(tree, 8)
+    kept = np.fromfile(tmp_path / "t" / "ids.bin.damaged-1.from-8", np.uint32)
+    assert np.array_equal(kept[4:], STREAM[12:100])
 
 
-def test_damage_further_back_is_found_by_verify(tmp_path: Path) -> None:
-    for name, offset, what in (("ids.bin", 10 * 4, r"ids \[8, 12\)"), ("gists_0_01.bin", 50, r"node \(1, 2\)")):
+def test_damage_further_back_is_found_by_reads_and_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening checks the newest part of a long tree; here that is nothing."""
+    for name in ("CHECKED_TOKENS", "CHECKED_BYTES"):
+        monkeypatch.setattr(recovery, name, 0)
+    monkeypatch.setattr(recovery, "CHECKED_IN_ALL", -1)
+    for name, offset, what in (
+        ("ids.bin", 10 * 4, r"ids \[8, 12\) in .*ids.bin.*salvage=True"),
+        ("gists_0_01.bin", 50, r"node \(1, 2\) in .*gists_0_01.bin.*salvage=True"),
+    ):
         with open_tree(tmp_path / name) as tree:
             tree.append(STREAM[:100])
             tree.append(STREAM[100:110])
         damage(tmp_path / name / name, offset)
-        with open_tree(tmp_path / name) as tree, pytest.raises(DataError, match=what):
-            tree.store.verify()  # type: ignore[attr-defined]
+        with open_tree(tmp_path / name) as tree:
+            readers = (tree.verify, lambda: tree.ids(9, 10)) if name == "ids.bin" else (
+                tree.verify, lambda: tree.records(1, [9, 2]), lambda: tree.record_range(1, 0, 5),
+            )  # fmt: skip
+            for read in readers:
+                with pytest.raises(DamagedError, match=what):
+                    read()
+            assert np.array_equal(tree.ids(12, 110), STREAM[12:110])
+        with open_tree(tmp_path / name, salvage=True) as tree:
+            assert_prefix(tree, 8 if name == "ids.bin" else 110)
+
+
+def test_damage_of_checksums_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "CHECKED_TOKENS", 0)
+    with open_tree(tmp_path / "t") as tree:
+        tree.append(STREAM[:100])
+    damage(tmp_path / "t" / "ids.crc", 8)
+    with open_tree(tmp_path / "t") as tree:
+        assert np.array_equal(tree.ids(0, 100), STREAM[:100])
+        with pytest.raises(DamagedError, match=r"ids.crc.* has changed.*the ids are intact.*salvage=True"):
+            tree.verify()
+    with open_tree(tmp_path / "t", salvage=True) as tree:
+        assert_prefix(tree, 100)
 
 
 @pytest.mark.usefixtures("no_flush")
-def test_t4_a_closed_tree_truncated_at_every_byte_of_its_last_append(tmp_path: Path) -> None:
+def test_a_closed_tree_truncated_at_every_byte_of_its_last_append(tmp_path: Path) -> None:
+    """What was flushed cannot be lost in a crash: shorter ids are refused, and what is derived from the ids is made anew."""
     with open_tree(tmp_path / "t") as tree:
         tree.append(STREAM[:71])
         tree.append(STREAM[71:81])
@@ -216,18 +252,26 @@ def test_t4_a_closed_tree_truncated_at_every_byte_of_its_last_append(tmp_path: P
         for cut in cuts:
             shutil.copytree(tmp_path / "t", tmp_path / "cut")
             os.truncate(tmp_path / "cut" / name, cut)
-            with open_tree(tmp_path / "cut") as tree:
-                assert_prefix(tree, 81 if name.startswith("gists") else 71)
+            if name == "ids.bin":
+                with pytest.raises(DamagedError, match=rf"ids.bin' holds {cut // 4} of the 81 ids .*salvage=True"):
+                    open_tree(tmp_path / "cut")
+                assert (tmp_path / "cut" / name).stat().st_size == cut
+            with open_tree(tmp_path / "cut", salvage=name == "ids.bin") as tree:
+                assert_prefix(tree, 81 if name != "ids.bin" else max(71, cut // 16 * 4))
             shutil.rmtree(tmp_path / "cut")
 
 
 def test_lost_gists_are_rebuilt(tmp_path: Path) -> None:
     with open_tree(tmp_path / "t", batch_tokens=64) as tree:
         tree.append(STREAM[:999])
+        expected = all_records(tree)
     for path in (tmp_path / "t").glob("gists_*"):
         path.unlink()
-    with pytest.raises(DataError, match="reading only"):
-        open_tree(tmp_path / "t", writable=False)
+    with open_tree(tmp_path / "t", writable=False) as reader:  # in memory
+        assert all(torch.equal(a, b) for a, b in zip(all_records(reader), expected, strict=True))
+        with pytest.raises(UserError, match="reading only"):
+            reader.append([1])
+    assert not list((tmp_path / "t").glob("gists_*"))
     with open_tree(tmp_path / "t", batch_tokens=64) as tree:
         assert tree.gist_runs[1] == 999 // BLOCK
         assert_prefix(tree, 999)
@@ -250,7 +294,7 @@ def test_t4_killed_at_random_moments() -> None:
     """The kills happen in a process of their own, which forks a writer at a time."""
     kills = os.environ.get("MEGACONTEXT_TREE_KILLS", "20")
     command = [sys.executable, tree_programs.__file__, "kill", kills]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=ENV)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env=ENV)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout
 

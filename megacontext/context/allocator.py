@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megacontext import arguments
 from megacontext.context.edits import Edits, apply, collapsible
 from megacontext.context.focus_report import FocusReport, summarize
 from megacontext.context.invariants import check_edit, check_no_reversal, check_working_context
@@ -47,6 +48,7 @@ class AllocatorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        arguments.plain_fields(self)  # every value has its type
         if self.kind not in KINDS:
             raise UserError(f"allocator_type {self.kind!r} is not one of {', '.join(KINDS)}.")
         for name in ("expand_threshold", "collapse_threshold"):
@@ -58,6 +60,7 @@ class AllocatorConfig:
             ("sample_top_k", 1),
             ("cooldown", 0),
             ("recent_tokens", 0),
+            ("seed", 0),
         ):
             if getattr(self, name) < low:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}.")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import socket
 import struct
-import time
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,32 +16,48 @@ import numpy.typing as npt
 
 from megacontext import storage
 from megacontext.context.store import I64, TreeSpec
-from megacontext.errors import DataError, StorageError, UserError
+from megacontext.errors import DamagedError, DataError, StorageError, UserError
+from megacontext.locks import FileLock
 
 U8 = npt.NDArray[np.uint8]
 
 FORMAT = "megacontext-tree"
-VERSION = 1
+VERSION = 2  # 1 had commits without tail_crc and all_crc; its programs cannot read those of 2
 HEADER = "tree.json"
-_SLOT = struct.Struct("<QQQI")  # sequence, start, tokens, crc of the ids [start, tokens); its own crc follows
+_SLOT = struct.Struct("<QQQIII")  # the fields of a Commit; the slot's own crc follows
+_OLD_SLOT = struct.Struct("<QQQI")  # of earlier trees, which had neither tail_crc nor all_crc
 _SLOT_STRIDE = 64
+_SLOTS = 5  # two for commits, two for flushed commits, one for the announcement of an append
 
 
 class RecordFile:
-    """Records of `stride` bytes, one after the other: record i is at byte i·stride. OSError passes through."""
+    """Records of `stride` bytes, one after the other: record i is at byte i·stride. OSError passes through.
+
+    A file that does not exist holds 0 records. The first write makes it.
+    """
 
     def __init__(self, path: Path, stride: int, writable: bool) -> None:
-        self.path, self.stride = path, stride
-        self._fd = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC if writable else os.O_RDONLY | os.O_CLOEXEC, 0o644
-        )
+        self.path, self.stride, self._writable = path, stride, writable
+        self._fd = -1
+        with contextlib.suppress(FileNotFoundError):
+            self._fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+    def create(self) -> None:
+        """Make the file if it does not exist."""
+        if self._fd < 0:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def held(self) -> int:
         """Whole records in the file."""
-        return os.fstat(self._fd).st_size // self.stride
+        return self.size() // self.stride
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
 
     def write(self, at: int, data: bytes | memoryview) -> None:
         """Write whole records from record `at` on."""
+        self.create()
         view, offset = memoryview(data).cast("B"), at * self.stride
         while view:  # a disk that fills takes a part first, and says so at the next call
             written = os.pwrite(self._fd, view, offset)
@@ -52,7 +65,7 @@ class RecordFile:
 
     def cut(self, records: int) -> None:
         """Drop everything from record `records` on."""
-        if os.fstat(self._fd).st_size > records * self.stride:
+        if self.size() > records * self.stride:
             os.ftruncate(self._fd, records * self.stride)
 
     def read(self, start: int, stop: int) -> U8:
@@ -81,7 +94,8 @@ class RecordFile:
         return np.frombuffer(data, np.uint8).reshape(-1, stride)
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        if self._fd >= 0:
+            os.fsync(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -91,18 +105,25 @@ class RecordFile:
 
 @dataclass(frozen=True)
 class Commit:
-    """`tokens` ids are part of the tree; those of the last append, [start, tokens), have this crc."""
+    """A state of the tree: `tokens` ids are part of it; the last append added the ids [start, tokens).
+
+    The crc32 values: `append_crc` of the ids [start, tokens), `tail_crc` of the ids behind the last complete block, and
+    `all_crc` of the ids [0, tokens). Commits of earlier trees lack the last two.
+    """
 
     sequence: int
     start: int
     tokens: int
-    ids_crc: int
+    append_crc: int
+    tail_crc: int | None = 0
+    all_crc: int | None = 0
 
 
 class CommitSlots:
-    """Four fixed slots: two that take turns, and two for commits whose data was flushed to the disk before.
+    """Fixed slots: two for commits, two for commits whose data was flushed to the disk before, one to announce appends.
 
-    The slot of the latest commit is never the one that is written next, so a torn write leaves the state before it.
+    Commits take turns by their sequence number, so a torn write leaves the state before it. An append that completes
+    blocks is announced first: at opening, what it left behind is told apart from ids whose commit is lost.
     """
 
     def __init__(self, path: Path, writable: bool) -> None:
@@ -110,26 +131,42 @@ class CommitSlots:
 
     def read(self) -> list[tuple[Commit, bool]]:
         """Valid commits, latest first, and whether each was flushed."""
-        size = min(self._file.held(), 4 * _SLOT_STRIDE)
-        data = self._file.read(0, size).tobytes()
-        found = []
-        for slot in range(4):
-            raw = data[slot * _SLOT_STRIDE : slot * _SLOT_STRIDE + _SLOT.size + 4]
-            if len(raw) == _SLOT.size + 4 and raw[_SLOT.size :] == _crc_bytes(raw[: _SLOT.size]):
-                found.append((Commit(*_SLOT.unpack(raw[: _SLOT.size])), slot >= 2))
+        found = [(commit, slot >= 2) for slot in range(_SLOTS - 1) if (commit := self._read(slot))]
         return sorted(found, key=lambda item: -item[0].sequence)
+
+    def announced(self) -> Commit | None:
+        """The append that was announced last: its `start` and its `tokens`. None where there is none."""
+        return self._read(_SLOTS - 1)
 
     def write(self, commit: Commit, flushed: bool) -> None:
         """Store a commit; with `flushed` it is on the disk itself when this returns."""
-        raw = _SLOT.pack(commit.sequence, commit.start, commit.tokens, commit.ids_crc)
-        self._file.write((2 * flushed + commit.sequence % 2) * _SLOT_STRIDE, raw + _crc_bytes(raw))
+        self._write(2 * flushed + commit.sequence % 2, commit)
         if flushed:
             self._file.sync()
 
+    def announce(self, start: int, stop: int) -> None:
+        """Say that ids [start, stop) are about to be written."""
+        self._write(_SLOTS - 1, Commit(0, start, stop, 0))
+
     def create(self) -> None:
         """Make room for all slots, so that a full disk can't stop a commit."""
-        if self._file.held() < 4 * _SLOT_STRIDE:
-            self._file.write(self._file.held(), bytes(4 * _SLOT_STRIDE - self._file.held()))
+        held = self._file.held()
+        if held < _SLOTS * _SLOT_STRIDE:
+            self._file.write(held, bytes(_SLOTS * _SLOT_STRIDE - held))
+
+    def _read(self, slot: int) -> Commit | None:
+        first = slot * _SLOT_STRIDE
+        data = self._file.read(first, max(first, min(self._file.held(), first + _SLOT_STRIDE))).tobytes()
+        for layout, missing in ((_SLOT, ()), (_OLD_SLOT, (None, None))):
+            raw, crc = data[: layout.size], data[layout.size : layout.size + 4]
+            if len(crc) == 4 and crc == _crc_bytes(raw):
+                return Commit(*layout.unpack(raw), *missing)
+        return None
+
+    def _write(self, slot: int, commit: Commit) -> None:
+        sums = (commit.append_crc, commit.tail_crc, commit.all_crc)
+        raw = _SLOT.pack(commit.sequence, commit.start, commit.tokens, *sums)
+        self._file.write(slot * _SLOT_STRIDE, raw + _crc_bytes(raw))
 
     def close(self) -> None:
         self._file.close()
@@ -139,34 +176,20 @@ def _crc_bytes(raw: bytes) -> bytes:
     return struct.pack("<I", zlib.crc32(raw, 0x4D43))  # a seed, so that a slot of zeros is not valid
 
 
-class WriterLock:
+class WriterLock(FileLock):
     """The right to write to a tree. The kernel drops it when its process dies, so it can't go stale.
 
     Raises UserError that names the holder when someone has it.
     """
 
-    def __init__(self, path: Path, folder: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
-            self.close()
-            raise UserError(
-                f"the tree at {folder!r} is open for writing by {holder}. Close it there first, or open it here with writable=False."
-            ) from None
-        except OSError:
-            self.close()
-            raise
-        with contextlib.suppress(OSError):  # the name in the file is for messages; the lock is what counts
-            os.ftruncate(self._fd, 0)
-            line = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            os.pwrite(self._fd, line.encode(), 0)
+    def __init__(self, path: Path, folder: str, read_option: str) -> None:
+        def refusal(holder: str) -> UserError:
+            return UserError(
+                f"the tree at {folder!r} is open for writing by {holder}. Close it there first, or open it here with "
+                f"{read_option}."
+            )
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        super().__init__(path, refusal)
 
 
 @dataclass(frozen=True)
@@ -175,33 +198,39 @@ class Header:
 
     spec: TreeSpec
     generation: int = 0
+    version: int = VERSION
 
     def save(self, folder: Path) -> None:
         """Write it atomically. Raises StorageError, e.g. when the disk is full."""
-        body = {"format": FORMAT, "version": VERSION, "generation": self.generation, "spec": asdict(self.spec)}
+        body = {"format": FORMAT, "version": self.version, "generation": self.generation, "spec": asdict(self.spec)}
         storage.write_json(str(folder / HEADER), {**body, "checksum": _checksum(body)})
 
     @classmethod
     def load(cls, folder: Path) -> Header | None:
-        """The header of a tree, None where there is none. Raises DataError for one that is damaged or too new."""
+        """The header of a tree, None where there is none.
+
+        Raises DamagedError (which names the file and not the remedy), DataError for one that is too new.
+        """
         path = folder / HEADER
         try:
             body = json.loads(path.read_bytes())
             checksum = body.pop("checksum")
+            fits = body.get("format") == FORMAT and checksum == _checksum(body)
         except FileNotFoundError:
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{str(path)!r} is damaged ({error}); restore it from a copy, or use another folder."
-            ) from error
-        if body.get("format") != FORMAT or checksum != _checksum(body):
-            raise DataError(
-                f"{str(path)!r} is not a tree's header or is damaged: its checksum does not fit. Restore it from a copy."
-            )
-        if body["version"] != VERSION:
-            raise DataError(f"{str(path)!r} has version {body['version']}; this program reads version {VERSION}.")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DamagedError(f"{str(path)!r} is damaged: {str(error) or type(error).__name__}.") from error
+        if not fits:
+            raise DamagedError(f"{str(path)!r} is not a tree's header or is damaged: its checksum does not fit.")
+        version = body.get("version")
+        if version not in range(1, VERSION + 1):
+            raise DataError(f"{str(path)!r} has version {version}; this program reads versions 1 to {VERSION}.")
         names = {f.name for f in fields(TreeSpec)}
-        return cls(TreeSpec(**{k: v for k, v in body["spec"].items() if k in names}), int(body["generation"]))
+        try:
+            spec = TreeSpec(**{name: value for name, value in body["spec"].items() if name in names})
+            return cls(spec, int(body["generation"]), version)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DamagedError(f"{str(path)!r} is damaged: {error}.") from error
 
     def check(self, wanted: TreeSpec, folder: Path, replace_gists: bool) -> None:
         """Raise DataError when whoever opens the tree wants another kind of tree; `replace_gists` allows other gists."""

@@ -52,6 +52,7 @@ class TreeStore(Protocol):
     spec: TreeSpec
     recovery: Recovery
     writable: bool
+    where: str  # a folder, or "memory": for messages
 
     @property
     def tokens(self) -> int:
@@ -81,6 +82,9 @@ class TreeStore(Protocol):
     def sync(self) -> None:
         """Make everything appended so far survive a power cut."""
 
+    def verify(self) -> None:
+        """Check every id and record against its checksum. Raises DamagedError for the first that has changed."""
+
     def close(self) -> None:
         """Release files and locks. Closing twice is fine."""
 
@@ -89,6 +93,7 @@ class MemoryStore:
     """A store in memory: one contiguous tensor per level, grown by doubling."""
 
     writable = True
+    where = "memory"
 
     def __init__(self, spec: TreeSpec) -> None:
         self.spec = spec
@@ -140,6 +145,9 @@ class MemoryStore:
 
     def sync(self) -> None:
         """Nothing to do: memory does not survive anything."""
+
+    def verify(self) -> None:
+        """Nothing to do: memory has no checksums."""
 
     def close(self) -> None:
         """Forget everything."""

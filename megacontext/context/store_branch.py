@@ -21,7 +21,7 @@ class BranchStore:
 
     def __init__(self, base: TreeStore) -> None:
         self.spec = base.spec
-        self.recovery = Recovery(base.tokens)
+        self.recovery, self.where = Recovery(base.tokens), base.where
         self._base, self._own = base, MemoryStore(base.spec)
         self._tokens = base.tokens
 
@@ -65,5 +65,22 @@ class BranchStore:
     def sync(self) -> None:
         """Nothing to do: what was added lives in memory."""
 
+    def verify(self) -> None:
+        self._base.verify()
+
     def close(self) -> None:
         self._own.close()
+
+
+class ReadingStore(BranchStore):
+    """A store that is open for reading, with the records that it lacks made anew in memory. Closing it closes both."""
+
+    writable = False
+
+    def __init__(self, base: TreeStore) -> None:
+        super().__init__(base)
+        self.recovery = base.recovery
+
+    def close(self) -> None:
+        super().close()
+        self._base.close()

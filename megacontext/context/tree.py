@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megacontext import arguments
 from megacontext.context.gist_function import GistFunction, check_block_size, levels_of
 from megacontext.context.store import DTYPES, U32, MemoryStore, TreeSpec, TreeStore
+from megacontext.context.store_branch import ReadingStore
 from megacontext.context.store_disk import DiskStore
 from megacontext.errors import DataError, UserError
+
+_log = logging.getLogger(__name__)
 
 
 class Tree:
@@ -49,6 +54,8 @@ class Tree:
         self._vocab_size = self._store.spec.vocab_size
         self._closed = False
         try:
+            if not self._store.writable and any(first < last for _, first, last in self._missing()):
+                self._store = ReadingStore(self._store)
             self._rebuild()
         except BaseException:
             self.close()
@@ -73,9 +80,13 @@ class Tree:
 
         `durable`: every append is on the disk itself before it returns (survives a power cut; a killed process loses
         nothing either way). `replace_gists`: keep the ids of a tree of another model and make its gists anew.
-        `salvage`: of a tree whose stored ids were damaged later, keep those before the damage instead of refusing it.
-        Raises UserError when another process has it open for writing, DataError when it is of another model, block
-        size, dtype or width or damaged, StorageError when the folder cannot be used.
+        `writable=False` opens the tree for reading: nothing on the disk changes, and of a damaged tree what is intact is
+        shown. `salvage`: go on from the intact tokens of a damaged tree; ids that it cuts are kept in a file named
+        `ids.bin.damaged-<n>…`, and all checksums are compared. Damage that costs no ids is mended by every writer: gists
+        and checksums are made anew from ids that are intact.
+        Raises UserError when another process has it open for writing, DamagedError when ids that were stored safely are
+        damaged and the tree is opened for writing without `salvage`, DataError when it is of another model, block
+        size, dtype or width, StorageError when the folder cannot be used.
         """
         spec = tree_spec(gist, vocab_size, dtype)
         store = DiskStore(path, spec, writable=writable, durable=durable, replace_gists=replace_gists, salvage=salvage)
@@ -146,6 +157,14 @@ class Tree:
         self._check_open()
         self._store.sync()
 
+    def verify(self) -> None:
+        """Check every id and gist on the disk against its checksum, in constant memory.
+
+        Raises DamagedError that names the file, what has changed in it and the remedy. A tree in memory has no checksums.
+        """
+        self._check_open()
+        self._store.verify()
+
     def close(self) -> None:
         """Release the store; the tree can't be used afterwards. Closing twice is fine."""
         self._closed = True
@@ -156,6 +175,12 @@ class Tree:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        where = f"at {self._store.where!r}" if isinstance(self._store, DiskStore) else "in memory"
+        if self._closed:
+            return f"<Tree: blocks of {self.block_size}, {where}, closed>"
+        return f"<Tree: {self.tokens:,} tokens, {self.levels} levels, blocks of {self.block_size}, {where}>"
 
     def _append_batch(self, new: U32) -> None:
         """One commit: ids and the records of every node that they complete, one gist call a level (two with windows)."""
@@ -216,21 +241,24 @@ class Tree:
             )
         return stored
 
+    def _missing(self) -> list[tuple[int, int, int]]:
+        """(level, records stored, records due) of each level."""
+        total, r = self._store.tokens, self.block_size
+        levels = range(1, levels_of(total, r, self.max_lod) + 1)
+        return [(level, self._store.count(level), total // r**level) for level in levels]
+
     def _rebuild(self) -> None:
-        """Make the records that the store lacks: lost in a crash, or of levels that an earlier cap left out."""
-        r, total = self.block_size, self._store.tokens
-        window = self.gist.leaf_context_blocks
-        for level in range(1, levels_of(total, r, self.max_lod) + 1):
+        """Make the records that the store lacks: lost in a crash, damaged, or of levels that an earlier cap left out."""
+        r, window = self.block_size, self.gist.leaf_context_blocks
+        for level, first, due in self._missing():
             nodes = max(
                 1, self._batch_tokens // (r if level == 1 else r * r)
             )  # a batch reads as many rows at any level
-            while (first := self._store.count(level)) < (last := total // r**level):
-                if not self._store.writable:
-                    raise DataError(
-                        f"{last - first} gists of level {level} are missing and the tree is open for reading only; "
-                        "open it once with writable=True to rebuild them."
-                    )
-                last = min(last, (first // nodes + 1) * nodes)
+            if first < due:
+                text = "%d of %d gists of level %d are not stored in the tree at %s; they are made from its ids"
+                _log.warning(text, due - first, due, level, self._store.where)
+            while first < due:
+                last = min(due, (first // nodes + 1) * nodes)
                 if level == 1:
                     start = first // window * window * r
                     records = self._leaf(self._store.ids(start, last * r), first, last)
@@ -238,22 +266,13 @@ class Tree:
                     records = self._inner(self._store.records(level - 1, first * r, last * r), level, first)
                 self._store.add_records(level, records)
                 self.gist_runs[level] = self.gist_runs.get(level, 0) + len(records)
+                first = last
         if self.gist_runs:
             self._store.sync()
 
     def _valid_ids(self, ids: Sequence[int] | npt.NDArray[np.integer] | Tensor) -> U32:
         """The ids as uint32 [n]. Raises DataError for one outside the vocabulary."""
-        given = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
-        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-            raise DataError(f"ids must be whole numbers in one dimension, not {given.dtype} {list(given.shape)}.")
-        limit = self._vocab_size or 1 << 32
-        if given.size and not (int(given.min()) >= 0 and int(given.max()) < limit):
-            at = int(np.flatnonzero((given < 0) | (given >= limit))[0])
-            raise DataError(
-                f"id {int(given[at])} at position {at} of the append is outside the vocabulary of {limit} tokens; "
-                "nothing was appended. Encode the text with this model's tokenizer."
-            )
-        return given.astype(np.uint32)
+        return arguments.token_ids("the append", ids, self._vocab_size or 1 << 32).astype(np.uint32)
 
     def _check_nodes(self, level: int, start: int, stop: int) -> None:
         if level < 1:

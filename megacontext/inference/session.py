@@ -12,35 +12,39 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megacontext import storage
+from megacontext import arguments
 from megacontext.context.allocator import FocusAllocator, ScoreFunction
 from megacontext.context.focus_report import FocusReport
-from megacontext.context.gist_function import GistFunction, MeanGist
-from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
-from megacontext.errors import DataError, UserError
+from megacontext.errors import DamagedError, UserError
 from megacontext.inference import session_state
 from megacontext.inference.entry_cache import EntryCache
 from megacontext.inference.focus import LensScorer
-from megacontext.inference.sampling import check_sampling, row_generators, sample
+from megacontext.inference.sampling import check_sampling, check_seed, row_generators, sample
+from megacontext.inference.session_folder import (
+    check_model,
+    folder_of,
+    keep_aside,
+    load_state,
+    missing,
+    open_tree,
+    stored_state,
+)
 from megacontext.inference.session_options import resolve_options
 from megacontext.inference.session_state import APPENDED, GENERATED, SessionState
 from megacontext.inference.session_stats import SessionStats
-from megacontext.model.norm import rms_norm
 
 if TYPE_CHECKING:
     from megacontext.data.tokenizer import Tokenizer
     from megacontext.model.gpt import GPT
 
 _log = logging.getLogger(__name__)
-# Tokens whose gists are made at once: of a network on the CPU no more than its matrix products can use.
-_BATCH_TOKENS, _CPU_NETWORK_BATCH_TOKENS = 1 << 16, 1 << 13
 
 OnRefocus = Callable[[FocusReport, WorkingContext], object]
 
@@ -65,6 +69,9 @@ class Session:
     too. The greedy continuation is the same up to rounding: a cache built in one piece and one built token by token
     differ in the last bits. `durable`: every token survives a power cut, at the cost of a flush each (a killed process
     loses nothing either way). `replace_gists`: continue a stored session with another model, making its gists anew.
+    `read_only`: look at a stored session. Nothing on the disk changes, and of a damaged session what is intact is shown.
+    `salvage`: go on from what is intact of a damaged session. What it cuts or replaces is kept in files named
+    `*.damaged-<n>`. Damage that costs no ids, of gists or checksums, is mended without it. `verify` checks everything.
     `on_refocus(report, context)` is called after every refocus. Other options: `SessionOptions`; those of a stored
     session are its own and need not be repeated.
 
@@ -72,7 +79,8 @@ class Session:
     above the length it was trained at is allowed, and said in the log.
 
     Raises UserError for options that cannot be or are not the stored session's, and when it is open for writing
-    elsewhere; DataError when it is of another model or block size, or damaged; StorageError when the folder cannot be used.
+    elsewhere; DamagedError when a file that was stored safely is missing, incomplete or has changed; DataError when it is
+    of another model or block size; StorageError when the folder cannot be used.
     """
 
     def __init__(
@@ -85,16 +93,25 @@ class Session:
         on_refocus: OnRefocus | None = None,
         durable: bool = False,
         replace_gists: bool = False,
+        read_only: bool = False,
+        salvage: bool = False,
         **options: Any,
     ) -> None:
-        if path is not None and not storage.is_local(os.fspath(path)):
-            raise UserError(f"a session lives in a local folder, not {os.fspath(path)!r}; copy it when it is closed.")
+        arguments.same_vocabulary(model, tokenizer)
+        durable, replace_gists = arguments.truth("durable", durable), arguments.truth("replace_gists", replace_gists)
+        read_only, salvage = arguments.truth("read_only", read_only), arguments.truth("salvage", salvage)
+        path = None if path is None else arguments.path("path", path)
+        if (read_only and salvage) or (path is None and (read_only or salvage)):
+            raise UserError("read_only and salvage open a stored session; give its path and one of the two.")
+        if on_refocus is not None and not callable(on_refocus):
+            raise UserError(f"on_refocus is {on_refocus!r}; it must be a function of a report and a context.")
         self.model, self.tokenizer, self.on_refocus = model, tokenizer, on_refocus
         self.stats = SessionStats()
-        self._folder: Path | None = None if path is None else storage.local_path(os.fspath(path))
+        self._folder: Path | None = None if path is None else folder_of(path)
+        self._read_only, self._salvage = read_only, salvage
         self._stop = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos_id))
-        stored = None if self._folder is None else SessionState.load(self._folder)
         options["budget"] = budget
+        stored = None if self._folder is None else stored_state(self._folder, model, options, read_only, salvage)
         self.options = resolve_options(model, options, stored.options if stored else None, str(path))
         self.context = WorkingContext.all_raw(0, self.options.block_size)
         self._allocator = FocusAllocator(self.options.allocator_config())
@@ -103,10 +120,13 @@ class Session:
         self._dirty = True  # the focus is not what is stored, with what the tree has beyond it
         self._closed = False
         self._digest = "" if self._folder is None else session_state.model_digest(model)
-        self.tree = self._open_tree(durable, replace_gists)
+        if salvage and self._folder is not None and not replace_gists:
+            check_model(self._folder, stored, self._digest)  # before anything is cut
+        how = {"durable": durable, "replace_gists": replace_gists, "read_only": read_only, "salvage": salvage}
+        self.tree = open_tree(model, self.options, self._folder, **how)
         try:
             if self._folder is not None:
-                self._reopen(self._folder, replace_gists)
+                self._reopen(self._folder, stored, replace_gists)
         except BaseException:
             self.tree.close()
             raise
@@ -129,14 +149,12 @@ class Session:
         """Add text (encoded as it is, without BOS) or ids at the end; returns the tokens of the history.
 
         Memory beyond the ids themselves does not grow with their number, and the GPT computes nothing. Raises DataError
-        for an id outside the vocabulary, UserError when the budget cannot hold so long a history (nothing is added then),
+        for an id outside the vocabulary and for what is no flat list of ids, UserError when the budget cannot hold so long a history (nothing is added then),
         StorageError when the disk is full: `tokens` says what was added before.
         """
         self._ready()
-        if isinstance(text_or_ids, str):
-            ids: npt.NDArray[Any] = self.tokenizer.encode_numpy(text_or_ids)
-        else:
-            ids = np.asarray(text_or_ids.cpu() if isinstance(text_or_ids, torch.Tensor) else text_or_ids)
+        given = self.tokenizer.encode_numpy(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        ids = arguments.array_of_ids("the append", given)
         if not ids.size:
             return self.tokens
         self.options.check_room(self.tokens + ids.size)
@@ -159,7 +177,8 @@ class Session:
         headroom = max(1, min(self.options.refocus_interval, room))
         self.context, report = self._allocator.refocus(self.context, self._score(headroom), headroom)
         self._since, self._refocused_at, self._stale, self._dirty = 0, self.tokens, False, True
-        self._announce(GENERATED)
+        if not self._read_only:
+            self._announce(GENERATED)
         self.stats.add_refocus(report)
         if self.on_refocus is not None:
             self.on_refocus(report, self.context)
@@ -177,13 +196,29 @@ class Session:
 
         Ends after an id of `stop`, which is yielded too: <|assistant_end|> and <|bos|> unless given, () never stops.
         An empty history begins with BOS. Temperature 0 is greedy; otherwise draws depend on `seed` alone. Raises
-        UserError for settings out of range, a closed session, and when the budget can't hold another token.
+        UserError for settings out of range, a closed session, and when the budget can't hold another token;
+        NonFiniteError, before a token is added, when the model computes NaN.
         """
         self._ready()
         check_sampling(temperature, top_k)
-        if max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}; it must be 0 or more.")
-        return self._generate(max_tokens, temperature, top_k, seed, self._stop if stop is None else frozenset(stop))
+        check_seed(seed)
+        max_tokens = arguments.whole_number("max_tokens", max_tokens, 0)
+        ends = self._stop
+        if stop is not None:
+            ids = arguments.items("stop", stop, "token ids; () never stops")
+            ends = frozenset(arguments.token_ids("stop", ids, self.model.config.vocab_size).tolist())
+        return self._generate(max_tokens, temperature, top_k, seed, ends)
+
+    def verify(self) -> None:
+        """Check everything that is stored of the session against its checksums: session.json, every id, every gist.
+
+        Opening checks the newest 8 MiB of each file and every read checks what it reads; this takes one pass over the
+        files, in constant memory. Raises DamagedError that names the file, what has changed in it and the remedy.
+        """
+        self._ready()
+        if self._folder is not None:
+            SessionState.load(self._folder)
+        self.tree.verify()
 
     def close(self) -> None:
         """Store what is not stored yet and release the folder. Closing twice is fine."""
@@ -191,11 +226,18 @@ class Session:
             return
         try:
             self._ready()
-            if self._dirty:
+            if self._dirty and not self._read_only:
                 self._announce(self._following)
         finally:
             self._closed = True
             self.tree.close()
+
+    def __repr__(self) -> str:
+        where = "in memory" if self._folder is None else f"at {str(self._folder)!r}"
+        return (
+            f"<Session: {self.tokens:,} tokens, {len(self.context)} of {self.options.budget} entries, levels 0 to "
+            f"{int(self.context.lod.max(initial=0))}, {where}{', closed' if self._closed else ''}>"
+        )
 
     def __enter__(self) -> Session:
         return self
@@ -263,7 +305,9 @@ class Session:
             self._since += new
 
     def _announce(self, following: str) -> None:
-        """Store, before the tree takes tokens, the focus that they follow and how they come."""
+        """Store, before the tree takes tokens, the focus that they follow and how they come. Raises UserError for a reader."""
+        if self._read_only:
+            raise UserError("the session was opened with read_only=True; open it without to append or generate.")
         if (self._dirty or following != self._following) and self._folder is not None:
             self._state(following).save(self._folder)
         self._dirty, self._following = False, following
@@ -283,52 +327,24 @@ class Session:
 
     # Opening
 
-    def _open_tree(self, durable: bool, replace_gists: bool) -> Tree:
-        options, vocabulary = self.options, self.model.config.vocab_size
-        gist = session_gist(self.model, options.block_size)
-        on_cpu = self.model.memory is not None and self.model.device.type == "cpu"
-        batch = _CPU_NETWORK_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
-        if self._folder is None:
-            return Tree(gist, vocab_size=vocabulary, max_lod=options.max_lod, dtype=options.dtype, batch_tokens=batch)
-        return Tree.open(
-            str(self._folder / session_state.TREE),
-            gist,
-            vocab_size=vocabulary,
-            max_lod=options.max_lod,
-            dtype=options.dtype,
-            durable=durable,
-            replace_gists=replace_gists,
-            batch_tokens=batch,
-        )
-
-    def _reopen(self, folder: Path, replace_gists: bool) -> None:
+    def _reopen(self, folder: Path, stored: SessionState | None, replace_gists: bool) -> None:
         """Take up the stored focus, now that the folder is ours, and what the tree has beyond it."""
-        session_state.remove_leftovers(folder)
-        stored, held = SessionState.load(folder), self.tree.tokens
-        if stored is not None and stored.model_digest != self._digest and not replace_gists:
-            raise DataError(
-                f"the session at {str(folder)!r} is of another model with the same embeddings. Open it with the model "
-                "that made it; or go on with this one by replace_gists=True."
-            )
+        held, salvage = self.tree.tokens, self._salvage
+        if not self._read_only:  # a reader keeps the state that it read before the tree: never ahead of it
+            session_state.remove_leftovers(folder)
+            stored = load_state(folder, tolerant=salvage)
+        if not replace_gists:
+            check_model(folder, stored, self._digest)
+        if stored is not None and stored.tokens and not held and not (salvage or self._read_only):
+            raise DamagedError(missing(folder, stored, "the tree holds no tokens"))
         if stored is not None and stored.tokens <= held:
-            self.context = stored.context(self.tree.block_size)
-            self._allocator.restore(stored.allocator, self.tree.block_size)
+            self.context = stored.take_up(folder, self._allocator, self.tree.block_size)
             self._since, self._refocused_at, self._stale = stored.since_refocus, stored.refocused_at, stored.stale
             self._dirty, self._following = stored.model_digest != self._digest, stored.following
-        elif held:  # the state was deleted, or a power cut took ids that it counts with
-            _log.warning(
-                "the session at %s keeps its %d tokens; its stored focus is lost and starts anew", folder, held
-            )
+        elif held or salvage:  # the state was lost, or a power cut took ids that it counts with
+            kept = "" if self._read_only else keep_aside(folder)
+            text = "the session at %s keeps its %d tokens; its stored focus is lost and starts anew%s"
+            _log.warning(text, folder, held, kept)
         self._follow()
-        if self._dirty:
+        if self._dirty and not self._read_only:
             self._announce(self._following)
-
-
-def session_gist(model: GPT, block_size: int) -> GistFunction:
-    """The model's memory, or means of its normed token embeddings for a model without one."""
-    if model.memory is not None:
-        return model.memory
-    with torch.no_grad():
-        weight = cast(torch.nn.Embedding, model.transformer["wte"]).weight
-        digest = session_state.weights_digest("mean of embeddings", [("wte", weight)])
-        return MeanGist(rms_norm(weight.detach().float()), block_size, model.config.n_embd, digest)
