@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from megacontext import precision, storage
+import torch
+
+from megacontext import arguments, precision, storage
+from megacontext.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, load_checkpoint, read_meta
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model.gpt import GPT
-from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, save_nanochat_model
-from megacontext.train.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, load_checkpoint
+from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, read_config, save_nanochat_model
 
 _Section = TypeVar("_Section", GPTConfig, MemoryConfig)
 STAGES = ("rl", "sft", "mid", "base")  # later stages first
 
 
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     stage: str | None = None,
     tag: str | None = None,
     step: int | None = None,
     dtype: str = "fp32",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    trainable: bool = False,
 ) -> tuple[GPT, Tokenizer]:
     """Load a model for inference, and its tokenizer; `path` is local or an fsspec URI.
 
@@ -36,26 +40,34 @@ def load(
         stage, the deepest model, the highest step.
 
     `stage` (base, mid, sft, rl), `tag` (nanochat's d<depth>) and `step` choose another one. `dtype` fp32, bf16 or auto
-    is what the model computes in; its logits are always float32.
+    is what the model computes in; its logits are always float32. The weights take no gradient, unless `trainable`.
 
         model, tokenizer = mc.load("runs/speedrun")
         logits = model(torch.tensor([tokenizer.encode("Hello", bos=True)]))   # [1, T, V]
 
-    Raises CheckpointError when nothing is there, or what is there is damaged; UserError for an unknown stage or dtype.
+    Raises CheckpointError when nothing is there, or what is there is damaged; UserError for a stage, dtype or device that
+    is unknown or not there.
     """
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"stage {stage!r} is unknown; choose one of {', '.join(reversed(STAGES))}.")
-    own = _own_checkpoint(path, stage, step)
+    path = arguments.path("path", path)
+    stage = None if stage is None else arguments.choice("stage", stage, reversed(STAGES))
+    tag = None if tag is None else arguments.text("tag", tag)
+    step = None if step is None else arguments.whole_number("step", step, 0)
+    trainable, where = arguments.truth("trainable", trainable), precision.device_of(device)
+    compute_dtype = precision.choose_dtype(dtype, where)
+    own = _own_checkpoint(path, stage, step, tag)
     if own is not None:
         loaded = load_checkpoint(own, with_optimizer=False)
-        model = GPT(_settings(GPTConfig, loaded.meta["model_config"], own))
+        for name, asked in (("stage", stage), ("step", step)):
+            if asked is not None and loaded.meta.get(name, asked) != asked:
+                raise CheckpointError(f"checkpoint {own!r} is of {name} {loaded.meta[name]}, not {asked}.")
+        model = GPT(_settings(GPTConfig, loaded.meta.get("model_config"), own))
         if loaded.meta.get("memory_config"):
             model.attach_memory(_settings(MemoryConfig, loaded.meta["memory_config"], own))
         load_weights(model, loaded.model, own)
         tokenizer_dir = storage.join(own, "tokenizer")
     else:
         kind = {"sft": "chatsft", "rl": "chatrl"}.get(stage, stage) if stage else None
-        folder, found_step = find_checkpoint(path, kind, tag, step)
+        folder, found_step = _nanochat_checkpoint(path, kind, tag, step)
         model, _ = load_nanochat(folder, found_step)
         tokenizer_dir = _beside(folder, path)
     tokenizer = Tokenizer.load(tokenizer_dir)
@@ -64,39 +76,79 @@ def load(
             f"the tokenizer in {tokenizer_dir!r} has {tokenizer.vocab_size} tokens, the model in {path!r} was made for "
             f"{model.config.vocab_size}; put the model's own tokenizer there."
         )
-    where: Any = device
     model.to(where)
-    model.compute_dtype = precision.choose_dtype(dtype, model.device)
-    return model.eval(), tokenizer
+    model.compute_dtype = compute_dtype
+    return model.eval().requires_grad_(trainable), tokenizer
 
 
-def _settings(section: type[_Section], stored: Mapping[str, Any], path: str) -> _Section:
+def shape_of(path: str) -> tuple[GPTConfig, MemoryConfig | None]:
+    """Shape of the model that `load(path)` gives, and settings of its memory (None without one); no weights are read.
+
+    Raises as `load` does.
+    """
+    own = _own_checkpoint(path, None, None)
+    if own is None:
+        return read_config(*_nanochat_checkpoint(path, None, None, None))[0], None
+    meta = read_meta(own)
+    memory = meta.get("memory_config")
+    return _settings(GPTConfig, meta["model_config"], own), _settings(MemoryConfig, memory, own) if memory else None
+
+
+def _settings(section: type[_Section], stored: Any, path: str) -> _Section:
     """A configuration as a checkpoint stored it; settings that are newer than the checkpoint have their defaults."""
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"the checkpoint {path!r} is damaged: its meta.json has no {section.__name__}.")
     unknown = sorted(set(stored) - {field.name for field in fields(section)})
     if unknown:
         raise CheckpointError(
             f"the checkpoint {path!r} was written by another version of megacontext: there is no setting "
             f"{', '.join(unknown)} here. Load it with that version, or train it anew."
         )
-    return section(**stored)
+    try:
+        return section(**stored)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the {section.__name__} of the checkpoint {path!r} is damaged: {error}") from error
 
 
 def save_nanochat(
-    model: GPT, tokenizer: Tokenizer, directory: str, *, stage: str = "base", tag: str | None = None, step: int = 0
+    model: GPT,
+    tokenizer: Tokenizer,
+    directory: str | os.PathLike[str],
+    *,
+    stage: str = "base",
+    tag: str | None = None,
+    step: int = 0,
+    drop_memory: bool = False,
 ) -> str:
     """Write a model and its tokenizer as a nanochat base directory (local or fsspec); returns the model's folder.
 
-    nanochat loads it as it is, and `load(directory)` gives back the same weights byte for byte.
+    nanochat loads it as it is, and `load(directory)` gives back the same weights byte for byte. nanochat has no memory:
+    a model that has one is refused, or written without it by `drop_memory`. A model with a token shift is refused.
+    Raises UserError for these, and for a tokenizer of another vocabulary; nothing is written then.
     """
+    arguments.same_vocabulary(model, tokenizer)
+    directory, stage = arguments.path("directory", directory), arguments.choice("stage", stage, reversed(STAGES))
+    step = arguments.whole_number("step", step, 0)
+    if tag is not None and (not arguments.text("tag", tag) or "/" in tag):
+        raise UserError(f"tag is {tag!r}; it must be the name of a folder, such as d12.")
+    drop_memory = arguments.truth("drop_memory", drop_memory)
     kind = {"sft": "chatsft", "rl": "chatrl"}.get(stage, stage)
-    folder = save_nanochat_model(model, directory, kind=kind, tag=tag, step=step)
+    folder = save_nanochat_model(model, directory, kind=kind, tag=tag, step=step, drop_memory=drop_memory)
     tokenizer.save(storage.join(directory, "tokenizer"))
     return folder
 
 
-def _own_checkpoint(path: str, stage: str | None, step: int | None) -> str | None:
-    """The checkpoint of ours that `path` means, or None when it holds none of ours."""
-    if storage.exists(storage.join(path, MANIFEST)) and storage.exists(storage.join(path, "meta.json")):
+def _own_checkpoint(path: str, stage: str | None, step: int | None, tag: str | None = None) -> str | None:
+    """The checkpoint of ours that `path` means, or None when it holds none of ours.
+
+    Raises CheckpointError when there is nothing at the path; when it holds some, but none of that stage and step, or
+    none that is whole.
+    """
+    if not storage.exists(path):
+        raise CheckpointError(f"there is nothing at {path!r}; give a run, a checkpoint or a nanochat base directory.")
+    if tag is not None:  # tags are nanochat's
+        return None
+    if any(storage.exists(storage.join(path, name)) for name in (MANIFEST, "meta.json", "model.pt")):
         return path
     for directory in (storage.join(path, "checkpoints"), path):
         for name in (stage,) if stage else STAGES:
@@ -110,7 +162,23 @@ def _own_checkpoint(path: str, stage: str | None, step: int | None) -> str | Non
                 if intact is None:
                     raise CheckpointError(f"every checkpoint of stage {name} in {directory!r} is damaged.")
                 return intact
+    held = [
+        name.rsplit("/", 1)[-1] for part in ("checkpoints", "") for name in list_checkpoints(storage.join(path, part))
+    ]
+    if held:
+        wanted = f"stage {stage or ' or '.join(STAGES)}" + (f" and step {step}" if step is not None else "")
+        raise CheckpointError(f"{path!r} has no checkpoint of {wanted}; there are: {', '.join(held)}.")
     return None
+
+
+def _nanochat_checkpoint(path: str, kind: str | None, tag: str | None, step: int | None) -> tuple[str, int]:
+    """`find_checkpoint`, whose error also says where a checkpoint of ours was looked for."""
+    try:
+        return find_checkpoint(path, kind, tag, step)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} A checkpoint of ours was looked for as well: megacontext_<stage>_<step>/ there or in its checkpoints/."
+        ) from None
 
 
 def _beside(folder: str, path: str) -> str:

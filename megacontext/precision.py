@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megacontext import arguments
 from megacontext.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,15 +52,26 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def device_of(given: str | torch.device) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". Raises UserError for one that is unknown or is not there."""
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {given!r} cannot be used: {reason}. Use cpu, or a GPU that this machine has."
+        ) from error
+    return device
+
+
 def choose_dtype(name: str, device: torch.device, hardware: Hardware | None = None) -> torch.dtype:
     """The compute dtype for "auto", "fp32" or "bf16": auto is bfloat16 where it is native, float32 where it is emulated.
 
     Native means GPUs of compute capability 8.0 on, and CPUs with AMX or AVX-512 BF16. Raises UserError for other names.
     """
-    if name in DTYPES:
+    if arguments.choice("dtype", name, ("auto", *DTYPES)) != "auto":
         return DTYPES[name]
-    if name != "auto":
-        raise UserError(f"dtype {name!r} is unknown; choose auto, fp32 or bf16.")
     hardware = hardware or Hardware.probe(device)
     if device.type == "cuda":
         native = hardware.cuda_capability is not None and hardware.cuda_capability >= (8, 0)
@@ -74,9 +86,7 @@ def choose_compile(name: str, device: torch.device, hardware: Hardware | None = 
     On a CPU compiling takes about a minute and gains little over the eager step, which fuses what matters by hand.
     Raises UserError when "on" is asked for and the compiler is missing.
     """
-    if name not in ("auto", "on", "off"):
-        raise UserError(f"compile {name!r} is unknown; choose auto, on or off.")
-    if name == "off":
+    if arguments.choice("compile", name, ("auto", "on", "off")) == "off":
         return False
     hardware = hardware or Hardware.probe(device)
     available = hardware.triton if device.type == "cuda" else hardware.cxx

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from test_resume import train_here
-from tiny import make_task
+from tiny import make_task, make_tokenizer
+from tiny_memory import make_model
 
 import megacontext as mc
-from megacontext import storage
+from megacontext import api, storage
+from megacontext.checkpoint import latest_checkpoint, load_checkpoint
+from megacontext.config import MemoryConfig
 from megacontext.errors import CheckpointError, DataError, UserError
-from megacontext.train.checkpoint import load_checkpoint
+from megacontext.model.gpt import GPT
 
 
 def test_nanochat_base_directory(shared_data: Path) -> None:
@@ -75,16 +78,75 @@ def test_remote_checkpoint(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no nanochat checkpoint"):
-        mc.load(str(tmp_path / "nothing"))
+    for read in (mc.load, api.shape_of):
+        with pytest.raises(CheckpointError, match=r"there is nothing at .*nothing'; give a run"):
+            read(str(tmp_path / "nothing"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"no nanochat checkpoint in .*; looked for model_<step>.pt there and in .*"
+        r"A checkpoint of ours was looked for as well: megacontext_<stage>_<step>/",
+    ):
+        mc.load(str(tmp_path))
     with pytest.raises(UserError, match="stage 'chat' is unknown"):
         mc.load(str(tmp_path), stage="chat")
     task = make_task(tmp_path)
     train_here(task)
+    with pytest.raises(
+        CheckpointError, match=r"has no checkpoint of stage rl or .* and step 5; there are: .*base_000012"
+    ):
+        mc.load(task.run_dir, step=5)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of stage mid; there are: megacontext_base_"):
+        mc.load(task.run_dir, stage="mid")
+    newest = latest_checkpoint(f"{task.run_dir}/checkpoints", "base")
+    assert newest is not None
+    with pytest.raises(CheckpointError, match="is of step 12, not 9"):
+        mc.load(newest, step=9)
+    with pytest.raises(CheckpointError, match="is of stage base, not sft"):
+        mc.load(newest, stage="sft")
+    with pytest.raises(CheckpointError, match="no nanochat checkpoint tag 'd2'"):
+        mc.load(task.run_dir, tag="d2")
+    Path(newest, "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="it has no manifest"):
+        mc.load(newest)
     for path in Path(task.run_dir, "checkpoints").iterdir():
         (path / "model.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"every checkpoint of stage base .* is damaged"):
         mc.load(task.run_dir)
+
+
+def test_paths_and_gradients(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    train_here(task)
+    ids = torch.tensor([[1, 2, 3]])
+    for path in (Path(task.run_dir), Path(task.run_dir, "checkpoints"), f"file://{task.run_dir}"):
+        model, tokenizer = mc.load(path)
+        assert not model(ids).requires_grad
+        assert not model.training
+    out = mc.save_nanochat(model, tokenizer, tmp_path / "export")
+    logits = model(ids)
+    for again, _ in (mc.load(tmp_path / "export"), mc.load(Path(out))):
+        assert torch.equal(again(ids), logits)
+        assert not logits.requires_grad
+    trainable, _ = mc.load(Path(task.run_dir), trainable=True)
+    trainable.loss(ids, ids).backward()
+    assert all(parameter.grad is not None for parameter in trainable.parameters())
+
+
+def test_what_nanochat_has_no_room_for_is_not_dropped_silently(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    model = make_model(vocab_size=300)
+    with pytest.raises(UserError, match="no token shift"):
+        mc.save_nanochat(model, tokenizer, tmp_path / "out", drop_memory=True)
+    plain = GPT(replace(model.config, token_shift=False))
+    plain.init_weights(torch.Generator().manual_seed(0))
+    plain.attach_memory(MemoryConfig(mc=1)).init_weights(torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"no room for this model's memory .* drop_memory=True"):
+        mc.save_nanochat(plain, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    mc.save_nanochat(plain, tokenizer, tmp_path / "out", drop_memory=True)
+    again, _ = mc.load(tmp_path / "out")
+    assert again.memory is None
+    assert torch.equal(again(torch.tensor([[1, 2]])), plain(torch.tensor([[1, 2]])))
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

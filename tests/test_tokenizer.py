@@ -164,7 +164,7 @@ def test_decode_of_half_a_character(tokenizer: Tokenizer) -> None:
 
 
 def test_vocab_size_limits(texts: list[str]) -> None:
-    with pytest.raises(UserError, match="vocab_size is 264; it must be at least 265"):
+    with pytest.raises(UserError, match=r"vocab_size is 264; it must be .* at least 265"):
         Tokenizer.train(texts, 264)
     with pytest.raises(UserError, match=r"vocabulary of \d+ tokens, not 5000"):
         Tokenizer.train(["tiny text"], 5000)

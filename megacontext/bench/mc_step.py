@@ -26,7 +26,6 @@ from megacontext.context.gist_function import build_levels
 from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
 from megacontext.train.attention_labels import block_attention
-from megacontext.train.auto_batch import fitting_batch
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective, node_table
 from megacontext.train.optim import build_optimizer
@@ -48,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = shape_parser(__doc__)
     add_training(parser, seq=1024, steps=9, warmup=2)
     parser.add_argument("--rows", type=int, default=8, help="rows of an optimizer step, and of a vanilla micro-batch")
+    parser.add_argument(
+        "--micro_rows", type=int, default=0, help="rows of a micro-batch with a memory; 0 is all --rows"
+    )
     parser.add_argument("--variants", type=int, default=4, help="variants per row, N")
     parser.add_argument("--progress", type=float, default=1.0, help="where in the curriculum, 0 to 1")
     return parser
@@ -60,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     precision.keep_freed_memory()
     config = GPTConfig.from_depth(args.depth, vocab_size=args.vocab, sequence_len=args.seq, width=args.width)
     memory = MemoryConfig(mc=1, mc_num_random_variants=args.variants)
-    micro = fitting_batch(args.rows, memory, args.seq)
+    micro = args.micro_rows or args.rows
     vanilla, ours = (_stepper(args, config, chosen, device, count)
                      for chosen, count in ((None, args.rows), (memory, micro)))  # fmt: skip
     watches: dict[str, list[float]] = {"vanilla": [], "mc": []}

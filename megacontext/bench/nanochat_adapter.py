@@ -78,7 +78,7 @@ class Adapter:
         from megacontext.inference.engine import Engine
 
         model.gpt.prepare_inference()
-        engine = Engine(model.gpt, _NoStop())  # type: ignore[arg-type]
+        engine = Engine(model.gpt, _NoStop(model.gpt.config.vocab_size))  # type: ignore[arg-type]
         return engine.generate(list(prompt), num_samples=n, max_tokens=max_tokens, temperature=1.0, top_k=50)
 
     def loader(self, rows: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -101,6 +101,9 @@ class _NoStop:
     """A tokenizer whose special ids never occur, so no row ends early."""
 
     bos_id = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     def special(self, name: str) -> int:
         return -2 - zlib.crc32(name.encode())

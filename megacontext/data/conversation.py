@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from megacontext import arguments
 from megacontext.errors import UserError
 
 # part type -> (special token before, special token after, 1 if the assistant learns to say it)
@@ -58,8 +59,8 @@ def render(
 
     Raises UserError, naming the message, when roles do not alternate from user to assistant, or content is malformed.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1, or None for no limit.")
+    if max_tokens is not None:
+        arguments.whole_number("max_tokens", max_tokens, 1, remedy="None is no limit.")
     out = _Rendering(vocabulary)
     for role, content in _turns(_messages(conv)):
         out.add_special(f"<|{role}_start|>", 0)

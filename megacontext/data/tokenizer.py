@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megacontext import storage
+from megacontext import arguments, storage
 from megacontext.data import conversation
 from megacontext.errors import CheckpointError, UserError
 
@@ -74,10 +74,11 @@ class Tokenizer:
         """
         import rustbpe
 
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(
-                f"vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens)."
-            )
+        arguments.whole_number(
+            "vocab_size", vocab_size, MIN_VOCAB_SIZE, remedy="256 bytes and 9 special tokens need ids."
+        )
+        if isinstance(texts, str):
+            raise UserError("texts is one text; give a list of texts, or an iterator of them.")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(map(_valid_unicode, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -118,7 +119,7 @@ class Tokenizer:
         """Id of a special token such as `<|user_start|>`. Raises UserError for an unknown name."""
         try:
             return self.encoding._special_tokens[name]
-        except KeyError:
+        except (KeyError, TypeError):
             raise UserError(f"{name!r} is no special token; there are {', '.join(SPECIAL_TOKENS)}.") from None
 
     @cached_property
@@ -150,13 +151,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
         """Token ids of many texts, in order, on `num_threads` threads."""
-        if num_threads < 1:
-            raise UserError(f"num_threads is {num_threads}; it must be at least 1.")
+        texts = arguments.items("texts", texts, "texts")
+        num_threads = arguments.whole_number("num_threads", num_threads, 1)
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self.encode, texts))
 
     def encode_numpy(self, text: str) -> npt.NDArray[np.uint32]:
         """Token ids of a text as a read-only uint32 array, without a Python list in between."""
+        arguments.text("text", text, "Lists of texts are for encode_batch.")
         encode = self.encoding._core_bpe.encode_to_tiktoken_buffer
         try:
             return np.frombuffer(encode(text, _NO_SPECIAL), dtype=np.uint32)
@@ -169,16 +171,12 @@ class Tokenizer:
             return np.concatenate([self.encode_numpy(piece) for piece in pieces])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that are not valid UTF-8 become U+FFFD. Raises UserError for an unknown id."""
+        """Text of token ids; bytes that are not valid UTF-8 become U+FFFD. Raises DataError for an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exact bytes of token ids; special tokens give their names. Raises UserError for an unknown id."""
-        tokens = [int(token) for token in ids]
-        unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
-        if unknown is not None:
-            raise UserError(f"token id {unknown} is outside the vocabulary; ids are 0 to {self.vocab_size - 1}.")
-        return self.encoding.decode_bytes(tokens)
+        """Exact bytes of token ids; special tokens give their names. Raises DataError for an unknown id."""
+        return self.encoding.decode_bytes(arguments.token_ids("ids", ids, self.vocab_size).tolist())
 
     def render_conversation(
         self, conv: Mapping[str, Any], max_tokens: int | None = None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megacontext import arguments
 from megacontext.errors import UserError
-from megacontext.inference.sampling import check_sampling, row_generators, sample
+from megacontext.inference.sampling import check_sampling, check_seed, row_generators, sample
 from megacontext.inference.tools import calculate
 from megacontext.model.rotary import Rotary
 
@@ -105,9 +106,13 @@ class Engine:
 
     Rows stop at <|assistant_end|> or <|bos|>. After <|python_start|>…<|python_end|> the expression goes to
     `tools.calculate`, and its result is forced into the row as <|output_start|>result<|output_end|>.
+
+    Raises UserError for a tokenizer of another vocabulary than the model's. Generating raises NonFiniteError when the
+    model computes NaN.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        arguments.same_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos_id))
         self.python_start, self.python_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
@@ -140,11 +145,17 @@ class Engine:
 
         Raises UserError for an empty prompt, ids outside the vocabulary, and settings out of range.
         """
-        self._check([prompt], max_tokens, temperature, top_k)
-        if num_samples < 1 or (cache is not None and num_samples != 1):
-            raise UserError(f"num_samples is {num_samples}; it must be at least 1, and 1 with a cache.")
+        prompt = self._checked("the prompt", prompt)
+        check_sampling(temperature, top_k)
+        check_seed(seed)
+        num_samples = arguments.whole_number("num_samples", num_samples, 1)
+        if cache is not None and not isinstance(cache, PromptCache):
+            raise UserError(f"cache is a {type(cache).__name__}; make one by engine.new_cache().")
+        if cache is not None and num_samples != 1:
+            raise UserError(f"num_samples is {num_samples}; with a cache it must be 1.")
         if max_tokens is None:
             max_tokens = max(0, self.model.config.sequence_len - len(prompt))
+        max_tokens = arguments.whole_number("max_tokens", max_tokens, 0)
         return self._generate(prompt, num_samples, max_tokens, temperature, top_k, seed, cache)
 
     def _generate(
@@ -182,6 +193,7 @@ class Engine:
         seed: int = 42,
     ) -> list[Generation]:
         """All samples of one prompt, finished: `generate` without the streaming."""
+        prompt = self._checked("the prompt", prompt)
         columns = self.generate(prompt, num_samples, max_tokens, temperature, top_k, seed)
         return _collect([prompt] * num_samples, columns, self.stop_ids)
 
@@ -198,7 +210,11 @@ class Engine:
 
         Prompt i draws from (seed, i), whatever it is batched with. Raises UserError as `generate` does.
         """
-        self._check(prompts, max_tokens, temperature, top_k)
+        given = arguments.items("prompts", prompts, "prompts, each a list of token ids")
+        prompts = [self._checked(f"prompt {i}", prompt) for i, prompt in enumerate(given)]
+        check_sampling(temperature, top_k)
+        max_tokens = arguments.whole_number("max_tokens", max_tokens, 0)
+        max_rows = arguments.whole_number("max_rows", max_rows, 1)
         generators = row_generators(seed, len(prompts))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         done: dict[int, Generation] = {}
@@ -210,20 +226,12 @@ class Engine:
             done.update(zip(rows, _collect(chosen, columns, self.stop_ids), strict=True))
         return [done[i] for i in range(len(prompts))]
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int | None, temperature: float, top_k: int | None
-    ) -> None:
-        check_sampling(temperature, top_k)
-        if max_tokens is not None and max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}; it must be 0 or more.")
-        vocab_size = self.model.config.vocab_size
-        for prompt in prompts:
-            if len(prompt) == 0:
-                raise UserError("the prompt is empty; begin it with the BOS id.")
-            if min(prompt) < 0 or max(prompt) >= vocab_size:
-                raise UserError(
-                    f"the prompt holds ids {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}."
-                )
+    def _checked(self, name: str, prompt: Sequence[int]) -> list[int]:
+        """A prompt as a list of ids. Raises UserError for an empty one, DataError for what is no id of the vocabulary."""
+        ids: list[int] = arguments.token_ids(name, prompt, self.model.config.vocab_size).tolist()
+        if not ids:
+            raise UserError(f"{name} is empty; begin it with the BOS id.")
+        return ids
 
     def _prefill(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[_Live, torch.Tensor]:
         """Run prompts, padded on the right (harmless under causal attention); logits [B, V] after each one's last id."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megacontext import arguments
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
 from megacontext.inference.search import Found, search
@@ -18,7 +19,7 @@ from megacontext.model.router import QUERY_TOKENS
 
 F64 = npt.NDArray[np.float64]
 TOP_K = 8  # blocks that may answer a query
-MAX_VISITS = 256  # nodes opened by a search: bounds a refocus at any length of history
+MAX_VISITS = 384  # nodes opened by a search: bounds a refocus at any length of history
 ALIKE = 0.98  # share of the best match from which on blocks count as saying the same, the newest as its last word
 NEWER = math.log(10.0)  # by how much the logit of such a block is above that of the one before it
 SCARCITY = 0.5  # how much worse off is what was not asked for, when something is asked for with certainty
@@ -55,7 +56,8 @@ class LensScorer:
     The search runs once; LensNet once for every context it is asked about. Entries over a found block are raised by
     the probability that something is asked and the block is the one that answers, and everything else is lowered in
     proportion: detail that nobody asks for makes room for detail that somebody does. `lens=False` leaves LensNet out,
-    `route=False` the search; a memory whose router was not trained does not search.
+    `route=False` the search; a memory whose router was not trained does not search. Where nothing is found, LensNet
+    decides alone. Raises NonFiniteError when the routing query is NaN.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LensScorer:
             newest = tree.ids(max(0, tree.tokens - QUERY_TOKENS), tree.tokens)[None].to(model.device)
             with torch.no_grad():
                 queries, asked = self.memory.query(newest)
+                arguments.finite("the routing query", queries, asked)
                 query = queries[0]
                 self.found = find(query) if find else search(tree, self.memory, query, TOP_K, MAX_VISITS, before)
                 self.asked = float(asked.sigmoid())
@@ -85,12 +88,14 @@ class LensScorer:
 
     @torch.no_grad()
     def __call__(self, context: WorkingContext) -> F64:
-        """Scores [L] in [-1, 1] of a context's entries."""
+        """Scores [L] in [-1, 1] of a context's entries. Raises NonFiniteError when LensNet gives NaN."""
         score = np.zeros(len(context))
         if self.lens:
             x, rotary = entry_inputs(self.model, self.tree, context)
             lod = torch.from_numpy(context.lod.copy())[None].to(x.device)
-            score = balanced(self.memory.scores(x, lod, rotary)[0].cpu().double().numpy(), context)
+            scores = self.memory.scores(x, lod, rotary)[0]
+            arguments.finite("a score of LensNet", scores)
+            score = balanced(scores.cpu().double().numpy(), context)
         if self.found is None or not len(self.found.block):
             return score
         route = self.route(context)
@@ -113,10 +118,13 @@ class LensScorer:
 
     def _probability(self, found: Found) -> F64:
         """Softmax of the matches over all blocks that were read, given that something is asked. Among those that match
-        alike only age counts: the newest is the likeliest."""
+        alike only age counts: the newest is the likeliest. Empty when nothing was found."""
         assert self.memory.router is not None
+        if not len(found.block):
+            return np.empty(0)
         matches = torch.from_numpy(np.concatenate([found.match, found.others]))
         logits = self.memory.router.logits(matches.to(self.model.device))
+        arguments.finite("the router's scale of matches", logits)
         alike = np.flatnonzero(found.match >= ALIKE * found.match.max(initial=0.0))
         order = np.empty(len(alike))
         order[np.argsort(found.block[alike])] = np.arange(len(alike))

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from megacontext.errors import UserError
+from megacontext import arguments
 
 
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One random stream per row, on the CPU. Stream i depends on (seed, i) alone, not on how many rows there are."""
+    """One random stream per row, on the CPU. Stream i depends on (seed, i) alone, not on how many rows there are.
+
+    Raises UserError for a seed that cannot be (`check_seed`).
+    """
+    seed = check_seed(seed)
     return [torch.Generator().manual_seed(_mix(seed, row)) for row in range(rows)]
 
 
@@ -26,16 +30,19 @@ def sample(
     and inverts its own cumulative distribution. With one generator per row (`row_generators`) a row's ids therefore
     do not depend on its neighbours; with a single CPU generator, rows share a stream; None uses torch's global one.
 
-    Raises UserError for a negative or non-finite temperature or a top_k below 1.
+    Raises UserError for a negative or non-finite temperature or a top_k below 1, NonFiniteError for logits without a
+    finite maximum. A logit of minus infinity is an id that is never drawn.
     """
     check_sampling(temperature, top_k)
+    best = logits.max(dim=-1)
+    arguments.finite("the largest logit", best.values)  # NaN anywhere makes the maximum NaN
     if temperature == 0.0:
-        return logits.argmax(dim=-1)
+        return best.indices
     ids = None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k, dim=-1)
     # Subtract the maximum before dividing: a tiny temperature must not overflow to inf - inf.
-    scaled = (logits.double() - logits.double().amax(dim=-1, keepdim=True)) / temperature
+    scaled = (logits.double() - best.values.double()[:, None]) / temperature
     cumulative = scaled.exp().cumsum(dim=-1)  # [B, K]; unnormalised, in float64 so that a vocabulary of tails adds up
     draws = _uniform(logits.size(0), generator).to(logits.device)
     choice = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
@@ -45,10 +52,14 @@ def sample(
 
 def check_sampling(temperature: float, top_k: int | None) -> None:
     """Raise UserError unless the settings are ones that `sample` can use."""
-    if not 0.0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}; it must be at least 1, or None to sample from the whole vocabulary.")
+    arguments.number("temperature", temperature, 0, remedy="0 is greedy.")
+    if top_k is not None:
+        arguments.whole_number("top_k", top_k, 1, remedy="None samples from the whole vocabulary.")
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises UserError for anything but a whole number from 0 to 2^64 - 1."""
+    return arguments.whole_number("seed", seed, 0, arguments.MAX_SEED)
 
 
 def _uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from megacontext import arguments
 from megacontext.config import MemoryConfig
 from megacontext.context.allocator import AllocatorConfig
 from megacontext.context.gist_function import check_block_size, levels_of
@@ -25,7 +26,8 @@ class SessionOptions:
     `budget` entries of the working context at most; `recent_tokens` newest tokens that stay raw (128, or an eighth of a
     smaller budget); `refocus_interval` generated tokens between refocuses; `block_size` children per gist, of a model
     without a memory; `max_lod` highest level, None for as many as the history fills; `dtype` of the tree's records.
-    The rest are those of `AllocatorConfig`. Raises UserError for values that cannot be.
+    The rest are those of `AllocatorConfig`. Raises UserError for values that cannot be. numpy's numbers are taken as
+    Python's, so that every option can be stored as JSON.
     """
 
     budget: int
@@ -45,6 +47,8 @@ class SessionOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in arguments.plain_fields(self).items():
+            object.__setattr__(self, name, value)
         check_block_size(self.block_size)
         if self.budget < 2:
             raise UserError(
@@ -98,11 +102,11 @@ def resolve_options(
 
     An option given as None counts as not given.
     """
-    names = [f.name for f in fields(SessionOptions)]
-    unknown = sorted(set(given) - set(names))
+    types = {f.name: str(f.type) for f in fields(SessionOptions)}
+    unknown = sorted(set(given) - set(types))
     if unknown:
-        raise UserError(f"a session has no option {', '.join(unknown)}; there are {', '.join(names)}.")
-    asked = {name: value for name, value in given.items() if value is not None}
+        raise UserError(f"a session has no option {', '.join(unknown)}; there are {', '.join(types)}.")
+    asked = {name: arguments.of_type(name, value, types[name]) for name, value in given.items() if value is not None}
     if model.memory is not None and asked.get("block_size", model.memory.block_size) != model.memory.block_size:
         raise UserError(
             f"block_size {asked['block_size']} is not that of the model's memory, {model.memory.block_size}; leave it out."

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megacontext.config import GPTConfig, MemoryConfig
+from megacontext.errors import DataError
 from megacontext.model.attention import CausalSelfAttention, Linear
 from megacontext.model.cross_entropy import linear_cross_entropy, softcapped
 from megacontext.model.kv_cache import KVCache
@@ -190,8 +191,27 @@ class GPT(nn.Module):
         return self.trunk(x, self.rotary_table.slice(start, ids.shape[1], ids.device), cache)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits [B, T, V] float32 of token ids [B, T] int64; with a cache, ids continue it and are added to it."""
+        """Logits [B, T, V] float32 of token ids [B, T] int64; with a cache, ids continue it and are added to it.
+
+        Raises DataError for anything else than a batch of ids of the vocabulary.
+        """
+        self._check_ids(ids)
         return self.head(self.hidden(ids, cache))
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Raise DataError unless these are ids [B, T]: whole numbers of the vocabulary, on the model's device."""
+        right = isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32)
+        if not right or not ids.numel():
+            found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
+            raise DataError(f"a model takes ids [B, T] int64, at least one, not {found}. Use torch.tensor([ids]).")
+        if ids.device != self.device:
+            raise DataError(f"the ids are on {ids.device}, the model is on {self.device}; use ids.to(model.device).")
+        low, high = (int(limit) for limit in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise DataError(
+                f"the ids are {low} to {high}; the vocabulary has 0 to {self.config.vocab_size - 1}. Encode the text with "
+                "this model's tokenizer."
+            )
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Cross-entropy in nats, float32, of targets [B, T] int64 given ids [B, T]; targets of -1 do not count.

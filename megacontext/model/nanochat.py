@@ -48,7 +48,8 @@ def find_checkpoint(
             return folder, _chosen_step(folder, step)
     wanted = " ".join(f"{key} {value!r}" for key, value in (("kind", kind), ("tag", tag)) if value is not None)
     raise CheckpointError(
-        f"no nanochat checkpoint {wanted} in {base_dir!r}; expected {', '.join(KINDS)}/<tag>/model_<step>.pt with its meta file."
+        f"no nanochat checkpoint {wanted + ' ' if wanted else ''}in {base_dir!r}; looked for model_<step>.pt there and in "
+        f"<kind>/<tag>/, where kind is {' or '.join(KINDS)}."
     )
 
 
@@ -58,19 +59,25 @@ def load_nanochat(folder: str, step: int | None = None) -> tuple[GPT, dict[str, 
     Raises CheckpointError when files are missing or damaged, or weights do not fit the meta's model_config.
     """
     step = _chosen_step(folder, step)
+    config, meta = read_config(folder, step)
+    path = storage.join(folder, _names(step)[0])
+    model = GPT(config)
+    load_weights(model, _read_tensors(path), path)
+    return model, meta
+
+
+def read_config(folder: str, step: int) -> tuple[GPTConfig, dict[str, Any]]:
+    """The shape and the meta of a checkpoint in a tag folder, without its weights. Raises CheckpointError as above."""
     path, meta_path = (storage.join(folder, name) for name in _names(step))
     try:
         meta = storage.read_json(meta_path)
-        config = GPTConfig(**meta["model_config"])
+        return GPTConfig(**meta["model_config"]), meta
     except FileNotFoundError as error:
         raise CheckpointError(f"{meta_path!r} is missing; a nanochat checkpoint has it beside {path!r}.") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{meta_path!r} holds no model_config of the 2025 nanochat model ({error!r}); newer models are not supported."
         ) from error
-    model = GPT(config)
-    load_weights(model, _read_tensors(path), path)
-    return model, meta
 
 
 def load_weights(model: GPT, state: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -100,15 +107,22 @@ def save_nanochat_model(
     tag: str | None = None,
     step: int = 0,
     meta: Mapping[str, Any] | None = None,
+    drop_memory: bool = False,
 ) -> str:
     """Write weights and meta below a base directory (local or fsspec) in nanochat's layout; returns the tag folder.
 
     The tag is d<layers> unless given. `meta` is stored as it is, with step and model_config set from the arguments.
-    The meta file is written last, so a half-written checkpoint is never found complete. A memory stays behind: nanochat
-    has no room for it. Raises UserError for a model with token_shift, which nanochat could not compute.
+    The meta file is written last, so a half-written checkpoint is never found complete.
+    Raises UserError, and writes nothing, for what nanochat's layout has no room for: a token shift, without which the
+    GPT computes something else; and a memory, unless `drop_memory` says to write the GPT without it.
     """
     if model.config.token_shift:
         raise UserError("nanochat has no token shift, so it cannot run this model; train it with --token_shift 0.")
+    if model.memory is not None and not drop_memory:
+        raise UserError(
+            "nanochat's layout has no room for this model's memory (GistNet, LensNet and router). Copy the checkpoint "
+            "folder to keep it; or write the GPT without its memory by drop_memory=True."
+        )
     folder = storage.join(base_dir, f"{kind}_checkpoints", tag or f"d{model.config.n_layer}")
     model_name, meta_name = _names(step)
     shape = {key: value for key, value in asdict(model.config).items() if key != "token_shift"}
