@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny import make_task
 
-from megacontext.data.shards import ShardSet
-from megacontext.data.stream import RowOrder
 from megacontext.errors import CheckpointError, DataError, NonFiniteLossError, UserError
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.loop import TrainResult, train
@@ -24,13 +23,13 @@ from megacontext.train.worker import LocalWorker, stop_file
 HERE = Path(__file__).resolve().parent
 
 
-def start(folder: Path, run: str, *settings: str, workers: int = 1) -> str:
+def start(folder: Path, run: str, *settings: str, workers: int = 1, timeout_s: float = PATIENCE_S) -> str:
     command = [sys.executable]
     if workers > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={workers}", "--master_port=0", "--standalone"]
     command += [str(HERE / "train_tiny.py"), str(folder), run, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=timeout_s)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -56,27 +55,13 @@ def rows(folder: Path, run: str, workers: int = 1) -> list[list[int]]:
     return list(steps.values())
 
 
-def train_here(task: TrainTask) -> TrainResult:
+def train_here(task: TrainTask, worker: LocalWorker | None = None) -> TrainResult:
     tracker = Tracker(run_dir=task.run_dir, run_name="run", config={}, wandb_mode="off")
-    return train(task, LocalWorker(task.run_dir, torch.device("cpu")), tracker)
-
-
-def test_killed_twenty_times_equals_uninterrupted(tmp_path: Path) -> None:
-    settings = ("num_iterations=40", "save_every=2")
-    start(tmp_path, "whole", *settings)
-    said = start(tmp_path, "killed", "kills=20", "seed=3", *settings)
-    assert said.count("killed") >= 10, said  # the others reached the horizon first
-    assert "finished=True step=40" in said
-    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
-    assert len(losses(tmp_path, "whole")) == 40
-    assert rows(tmp_path, "killed") == rows(tmp_path, "whole")
-    shards = ShardSet.open(str(tmp_path / "train"))
-    expected = RowOrder(shards.num_rows, 5).rows(0, 40 * 4).reshape(40, 4)
-    assert rows(tmp_path, "whole") == expected.tolist()
+    return train(task, worker or LocalWorker(task.run_dir, torch.device("cpu")), tracker)
 
 
 def test_two_workers_equal_one_and_either_continues_the_other(tmp_path: Path) -> None:
-    start(tmp_path, "one")
+    train_here(make_task(tmp_path, "one"))
     start(tmp_path, "two", workers=2)
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
     assert [sorted(step) for step in rows(tmp_path, "two", 2)] == [sorted(step) for step in rows(tmp_path, "one")]
@@ -85,8 +70,18 @@ def test_two_workers_equal_one_and_either_continues_the_other(tmp_path: Path) ->
             for file in sorted(path.rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
             path.rmdir()
-    start(tmp_path, "two")  # one worker takes up step 6
+    train_here(make_task(tmp_path, "two"))  # one worker takes up step 6
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
+
+
+class StoppedAtThird(LocalWorker):
+    """A worker that is asked to stop when the loop looks for the third time: before the run, and at each step."""
+
+    looks = 0
+
+    def stop_requested(self) -> bool:
+        self.looks += 1
+        return self.looks == 3
 
 
 def test_stop_file_saves_and_ends_then_continues(tmp_path: Path) -> None:
@@ -94,11 +89,12 @@ def test_stop_file_saves_and_ends_then_continues(tmp_path: Path) -> None:
     train_here(make_task(tmp_path, "whole"))
     Path(task.run_dir).mkdir()
     Path(stop_file(task.run_dir)).touch()
-    stopped = train_here(task)
-    assert not stopped.finished
-    assert stopped.step == 1
-    assert Path(stopped.checkpoint).is_dir()
+    unbegun = train_here(task)
+    assert (unbegun.finished, unbegun.step, unbegun.checkpoint) == (False, 0, "")
     Path(stop_file(task.run_dir)).unlink()
+    stopped = train_here(task, StoppedAtThird(task.run_dir, torch.device("cpu")))
+    assert (stopped.finished, stopped.step) == (False, 2)
+    assert Path(stopped.checkpoint).is_dir()
     assert train_here(task).finished
     assert losses(tmp_path, "run") == losses(tmp_path, "whole")
 

@@ -1,7 +1,7 @@
 """Train a tiny task in its own process: python tests/train_tiny.py FOLDER RUN [key=value …]; under torchrun with several.
 
-With kills=K seed=S it trains in K forked children, one after another, and each meets SIGKILL at a random moment: half
-of them by the clock, half after a random number of bytes of a checkpoint. Then it trains to the end.
+With mc=1 it has a memory. With kills=K seed=S it trains in K forked children, one after another, and each meets
+SIGKILL: half of them at a random moment, half after a random number of bytes of a checkpoint. Then it trains to the end.
 """
 
 from __future__ import annotations
@@ -11,24 +11,37 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import make_task
 
 from megacontext.telemetry.tracker import Tracker
-from megacontext.train import checkpoint, loop
+from megacontext.train import checkpoint, loop, setup
+from megacontext.train.task import TrainTask
 from megacontext.train.worker import LocalWorker
 
 
-def run(folder: Path, run_name: str, **overrides: int) -> None:
+def run(folder: Path, run_name: str, mc: int = 0, **overrides: int) -> None:
     """Train to the end, or to the stop file."""
     torch.set_num_threads(1)
-    task = make_task(folder, run_name, **overrides)
+    checkpoint.WAIT_S = float(os.environ.get("MC_TEST_WAIT_S", checkpoint.WAIT_S))
+    task = make(mc)(folder, run_name, **overrides)
     worker = LocalWorker.start(task.run_dir, "cpu")
     tracker = Tracker(run_dir=task.run_dir, run_name=run_name, config={}, wandb_mode="off", enabled=worker.rank == 0)
     result = loop.train(task, worker, tracker)
     print(f"finished={result.finished} step={result.step}", flush=True)
+
+
+def make(mc: int) -> Callable[..., TrainTask]:
+    """What makes the task of a run."""
+    if not mc:
+        return make_task
+    from test_mc_training import make_mc_task
+
+    return make_mc_task
 
 
 def die_in_write(after_bytes: int) -> None:
@@ -47,25 +60,44 @@ def die_in_write(after_bytes: int) -> None:
     checkpoint._HashingFile.write = counting_write  # type: ignore[method-assign]
 
 
-def run_with_kills(folder: Path, run_name: str, kills: int, seed: int, **overrides: int) -> None:
+def run_with_kills(folder: Path, run_name: str, kills: int, seed: int, mc: int = 0, **overrides: int) -> None:
     """Start, kill, start again, …, and finish."""
     dice = random.Random(seed)
-    make_task(folder, run_name)
+    # An optimizer imports torch's compiler, a second of a core: here once, not in every child.
+    setup.fresh(make(mc)(folder, run_name, **overrides), torch.device("cpu"), torch.float32)
     for number in range(kills):
-        by_clock = number % 2 == 0
-        delay_s, after_bytes = dice.uniform(0.02, 0.6), dice.randrange(1, 1_500_000)
+        in_write = number % 2 == 1
+        steps, delay_s, after_bytes = dice.randrange(4), dice.uniform(0, 0.1), dice.randrange(1, 1_500_000)
+        beats, beat = os.pipe()
         child = os.fork()
         if child == 0:
-            if not by_clock:
+            if in_write:
                 die_in_write(after_bytes)
-            run(folder, run_name, **overrides)
+            tell_steps(beat)
+            run(folder, run_name, mc, **overrides)
             os._exit(0)
-        if by_clock:
+        os.close(beat)
+        if not in_write:
+            while steps and os.read(beats, 1):
+                steps -= 1
             time.sleep(delay_s)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        print(f"child {number}: {'killed' if os.WIFSIGNALED(status) else 'ended'}", flush=True)
-    run(folder, run_name, **overrides)
+        os.close(beats)
+        how = ("killed in a write" if in_write else "killed") if os.WIFSIGNALED(status) else "ended"
+        print(f"child {number}: {how}", flush=True)
+    run(folder, run_name, mc, **overrides)
+
+
+def tell_steps(beat: int) -> None:
+    """Make this process write a byte for each step that it has done."""
+    advance = loop._advance
+
+    def telling(*given: Any) -> None:
+        advance(*given)
+        os.write(beat, b".")
+
+    loop._advance = telling
 
 
 if __name__ == "__main__":

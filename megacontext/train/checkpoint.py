@@ -1,8 +1,7 @@
-"""Complete, atomic checkpoints on local disk or any fsspec URI, written while training goes on.
+"""Writing checkpoints, atomically, on local disk or any fsspec URI, while training goes on. See `megacontext/checkpoint.py`.
 
-A checkpoint is a folder `megacontext_<stage>_<step>`: model.pt, optimizer.pt, meta.json, tokenizer/ and, last,
-manifest.json with the size and SHA-256 of the others. Only a folder whose manifest holds is a checkpoint; anything
-else is what a crash left behind, is passed over with a line that says so, and is cleaned up by the next writer.
+A stage of a run has one writer at a time, which holds a lock. What a crash left half written has a name of its own
+(`.tmp-…`), and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -21,103 +19,66 @@ from typing import IO, Any, cast
 
 import torch
 
-from megacontext import storage
-from megacontext.errors import CheckpointError, StorageError
+from megacontext import locks, storage
+from megacontext.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    META,
+    TEMPORARY,
+    Checkpoint,
+    checkpoint_name,
+    damage,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_meta,
+)
+from megacontext.errors import CheckpointError, StorageError, UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-NAME = re.compile(r"^megacontext_(?P<stage>[a-z0-9-]+)_(?P<step>\d{6,})$")
-TEMPORARY = ".tmp-"
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointWriter",
+    "checkpoint_name",
+    "damage",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "read_meta",
+]
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint in memory. `optimizer` is None when it was not asked for."""
-
-    path: str
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any] | None
-    meta: dict[str, Any]
-
-
-def checkpoint_name(stage: str, step: int) -> str:
-    """Folder name of a checkpoint."""
-    return f"megacontext_{stage}_{step:06d}"
-
-
-def list_checkpoints(directory: str, stage: str | None = None) -> list[str]:
-    """Paths of the checkpoints of a stage (or of any), oldest step first; damaged ones are included."""
-    found = [(int(match["step"]), name) for name in storage.list_dir(directory) if (match := NAME.match(name))]
-    return [
-        storage.join(directory, name)
-        for _, name in sorted(found)
-        if stage is None or name.startswith(f"megacontext_{stage}_")
-    ]
-
-
-def damage(path: str) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file has its recorded size and SHA-256."""
-    try:
-        manifest = storage.read_json(storage.join(path, MANIFEST))
-        files = dict(manifest["files"])
-    except FileNotFoundError:
-        return "it has no manifest, so its writing was cut short"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        return "its manifest cannot be read"
-    for name, recorded in files.items():
-        file_path = storage.join(path, name)
-        try:
-            if storage.file_size(file_path) != recorded["bytes"]:
-                return f"{name} has {storage.file_size(file_path)} bytes instead of {recorded['bytes']}"
-            if storage.sha256_file(file_path) != recorded["sha256"]:
-                return f"the content of {name} does not match its checksum"
-        except FileNotFoundError:
-            return f"{name} is missing"
-    return None
+WAIT_S = 20.0  # a process that was told to end may still hold the lock; Ray ends a worker within seconds
+ASIDE = ".old-"  # a checkpoint that another of the same step is about to replace; as long as TEMPORARY
+TOKENIZER_FILES = ("tokenizer.pkl", "token_bytes.pt")
 
 
-def latest_checkpoint(directory: str, stage: str, warn: Any = print) -> str | None:
-    """The newest intact checkpoint of a stage, or None. Each damaged one on the way is named through `warn`."""
-    for path in reversed(list_checkpoints(directory, stage)):
-        reason = damage(path)
-        if reason is None:
-            return path
-        warn(f"checkpoint {path} is damaged ({reason}); looking for the one before it.")
-    return None
+def refuse_second_writer(directory: str, stage: str) -> None:
+    """Raise UserError, naming the other process, when a stage of a run is being trained already. Changes nothing."""
+    if storage.exists(_lock_file(directory, stage)):
+        _lock(directory, stage).release()
 
 
-def read_meta(path: str) -> dict[str, Any]:
-    """The meta.json of a checkpoint."""
-    meta: dict[str, Any] = storage.read_json(storage.join(path, "meta.json"))
-    return meta
+def _lock_file(directory: str, stage: str) -> str:
+    return storage.join(directory, f".writer-{stage}")
 
 
-def load_checkpoint(path: str, *, with_optimizer: bool, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint whatever the world size it was written at.
+def _lock(directory: str, stage: str) -> locks.Lock:
+    def refusal(holder: str) -> UserError:
+        return UserError(
+            f"the checkpoints of stage {stage} in {directory!r} are being written by {holder}, so this run is trained "
+            "already. Stop that process or wait for its end, or start another --run."
+        )
 
-    Raises CheckpointError when the folder is absent, damaged or of a newer format.
-    """
-    reason = damage(path)
-    if reason is not None:
-        raise CheckpointError(f"checkpoint {path!r} cannot be loaded: {reason}. Use another checkpoint of the run.")
-    meta = read_meta(path)
-    if meta["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path!r} has format {meta['format']}, this version reads {FORMAT}.")
-    optimizer = _load_tensors(storage.join(path, "optimizer.pt"), device) if with_optimizer else None
-    return Checkpoint(path, _load_tensors(storage.join(path, "model.pt"), device), optimizer, meta)
-
-
-def _load_tensors(path: str, device: torch.device | str) -> dict[str, Any]:
-    if storage.is_local(path):
-        loaded: dict[str, Any] = torch.load(storage.local_path(path), map_location=device, weights_only=True)
-    else:
-        loaded = torch.load(io.BytesIO(storage.read_bytes(path)), map_location=device, weights_only=True)
-    return loaded
+    return locks.exclusive(_lock_file(directory, stage), refusal, WAIT_S)
 
 
 @dataclass
 class CheckpointWriter:
     """Writes checkpoints of one stage in the background (rank 0 only) and prunes old ones.
+
+    There is one writer of a stage of a run: UserError, naming the other process, when that does not end within
+    `WAIT_S` seconds. What a checkpoint holds beside the state is read at once, so that no save fails for it:
+    CheckpointError when a file of the tokenizer is missing, StorageError when the folder cannot be written.
 
     `save` copies the state and returns; a failed write (a full disk, say) is raised by the next `save` or `close`,
     after its half-written files are gone, and leaves every earlier checkpoint as it was.
@@ -127,21 +88,46 @@ class CheckpointWriter:
     stage: str
     tokenizer_dir: str | None
     keep: int
+    saved_step: int | None = field(default=None, init=False)  # the newest step that this writer has published
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
+    _intact: dict[str, bool] = field(default_factory=dict, init=False)  # what was written or read in full, by path
 
     def __post_init__(self) -> None:
+        self._tokenizer = {} if self.tokenizer_dir is None else read_tokenizer(self.tokenizer_dir)
+        storage.makedirs(self.directory)
+        self._lock = _lock(self.directory, self.stage)
+        try:
+            self._clear()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _clear(self) -> None:
+        """Remove what an earlier process had half written or half deleted when it died."""
+        begin = checkpoint_name(self.stage, 0)[:-6]
         for name in storage.list_dir(self.directory):
-            if name.startswith(TEMPORARY + checkpoint_name(self.stage, 0)[:-6]):
-                storage.remove_tree(storage.join(self.directory, name))  # an earlier process died while writing it
+            path, final = storage.join(self.directory, name), storage.join(self.directory, name[len(TEMPORARY) :])
+            if name.startswith(ASIDE + begin) and not storage.exists(final):
+                os.rename(storage.local_path(path), storage.local_path(final))
+            elif name.startswith((TEMPORARY + begin, ASIDE + begin)):
+                if not storage.is_local(self.directory) and damage(final, thorough=False) is not None:
+                    storage.remove_tree(final)
+                storage.remove_tree(path)
 
     def save(
         self, step: int, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], meta: Mapping[str, Any]
     ) -> None:
         """Snapshot the state and write it in the background. Raises what the previous write raised."""
+        self._lock.check()
         self.wait()
         parts = {"model.pt": _snapshot(model), "optimizer.pt": _snapshot(optimizer)}
-        full_meta = {"format": FORMAT, "stage": self.stage, "step": step, **json.loads(json.dumps(meta))}
+        full_meta = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "step": step,
+            **json.loads(json.dumps(storage.finite(meta))),
+        }
         self._thread = threading.Thread(target=self._write, args=(step, parts, full_meta), name="checkpoint-writer")
         self._thread.start()
 
@@ -154,7 +140,12 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    close = wait
+    def close(self) -> None:
+        """Wait for the write under way, and let another process write. Raises StorageError if the write failed."""
+        try:
+            self.wait()
+        finally:
+            self._lock.release()
 
     def _write(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
@@ -162,20 +153,22 @@ class CheckpointWriter:
                 self._write_local(step, parts, meta)
             else:
                 self._write_remote(step, parts, meta)
-            self._prune(best=meta.get("best_checkpoint"))
         except StorageError as error:
             self._error = error
         except OSError as error:
             self._error = StorageError(
                 f"checkpoint of step {step} could not be written to {self.directory!r}: {error}. Earlier checkpoints "
-                "are whole. Free space (or choose another --storage) and run the same command to continue."
+                f"are whole. {storage.remedy(error)}"
             )
         except BaseException as error:  # must reach the training thread, which raises it
             self._error = error
+        else:
+            self.saved_step = step
+            self._intact[storage.join(self.directory, checkpoint_name(self.stage, step))] = True
+            self._prune(checkpoint_name(self.stage, step), meta.get("best_checkpoint"))
 
     def _write_local(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         parent = storage.local_path(self.directory)
-        parent.mkdir(parents=True, exist_ok=True)
         temporary = parent / f"{TEMPORARY}{checkpoint_name(self.stage, step)}-{os.getpid()}"
         final = parent / checkpoint_name(self.stage, step)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -185,16 +178,24 @@ class CheckpointWriter:
             for name, data in self._contents(parts, meta):
                 files[name] = _write_durably(temporary / name, data)
             _write_durably(temporary / MANIFEST, json.dumps({"files": files}, indent=1).encode())
-            storage.sync_dir(temporary)
-            if final.exists():  # a damaged one of the same step
-                shutil.rmtree(final)
+            for folder in {(temporary / name).parent for name in (*files, MANIFEST)}:
+                storage.sync_dir(folder)
+            self._check(step, str(temporary))
+            # What is no folder was never a checkpoint of ours: it keeps a name that is not cleared.
+            aside = parent / (f"{ASIDE}{final.name}" if final.is_dir() else f"{final.name}.aside")
+            if os.path.lexists(final):  # one of the same step: damaged, or this run was told to train it again
+                os.rename(final, aside)
             os.rename(temporary, final)
             storage.sync_dir(parent)
+            if aside.name.startswith(ASIDE):
+                shutil.rmtree(aside, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_remote(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         target = storage.join(self.directory, checkpoint_name(self.stage, step))
+        mark = self._mark(target)
+        storage.write_bytes(mark, b"")
         storage.remove_tree(target)
         files = {}
         for name, data in self._contents(parts, meta):
@@ -202,19 +203,73 @@ class CheckpointWriter:
             storage.write_bytes(storage.join(target, name), blob)
             files[name] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
         storage.write_json(storage.join(target, MANIFEST), {"files": files})
+        self._check(step, target)
+        storage.remove_tree(mark)
+
+    def _mark(self, target: str) -> str:
+        """The file beside a remote checkpoint that says it is being written or deleted: there are no renames."""
+        return storage.join(self.directory, TEMPORARY + target.rsplit("/", 1)[-1])
+
+    def _check(self, step: int, path: str) -> None:
+        """Raise StorageError when what is about to be published is not what was written."""
+        reason = damage(path, thorough=False)
+        if reason is not None:
+            raise StorageError(
+                f"checkpoint of step {step} was not published in {self.directory!r}: {reason}. Something else changed "
+                f"{path!r} while it was written. Earlier checkpoints are whole; run the same command again."
+            )
 
     def _contents(self, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> Any:
         yield from parts.items()
-        yield "meta.json", json.dumps(meta, indent=1).encode()
-        if self.tokenizer_dir is not None:
-            for name in ("tokenizer.pkl", "token_bytes.pt"):
-                yield f"tokenizer/{name}", storage.read_bytes(storage.join(self.tokenizer_dir, name))
+        yield META, json.dumps(meta, indent=1).encode()
+        for name, data in self._tokenizer.items():
+            yield f"tokenizer/{name}", data
 
-    def _prune(self, best: str | None) -> None:
-        paths = list_checkpoints(self.directory, self.stage)
-        for path in paths[: -self.keep] if self.keep > 0 else []:
-            if best is None or not path.endswith(best):
-                storage.remove_tree(path)
+    def _prune(self, written: str, best: str | None) -> None:
+        """Delete the intact checkpoints beyond the `keep` newest intact ones, but never `written` and `best`.
+
+        A damaged one counts for nothing and stays: it is no copy of ours to delete, and something in it may be needed.
+        """
+        kept = 0
+        try:
+            for path in reversed(list_checkpoints(self.directory, self.stage) if self.keep > 0 else []):
+                if kept < self.keep:
+                    kept += self._is_intact(path)
+                elif path.rsplit("/", 1)[-1] not in (written, best) and self._is_intact(path):
+                    self._delete(path)
+        except OSError as error:  # the new checkpoint is there, so training goes on
+            print(f"an old checkpoint in {self.directory} could not be deleted: {error}", flush=True)
+
+    def _is_intact(self, path: str) -> bool:
+        """Whether a checkpoint counts. What this writer did not write is read in full once, all others by their sizes."""
+        if path not in self._intact:
+            self._intact[path] = damage(path) is None
+        return self._intact[path] and damage(path, thorough=False) is None
+
+    def _delete(self, path: str) -> None:
+        mark = self._mark(path)
+        if storage.is_local(self.directory):
+            os.rename(storage.local_path(path), storage.local_path(mark))
+        else:
+            storage.write_bytes(mark, b"")
+            storage.remove_tree(path)
+        storage.remove_tree(mark)
+
+
+def read_tokenizer(directory: str) -> dict[str, bytes]:
+    """The files of a tokenizer that a checkpoint holds a copy of. Raises CheckpointError naming what is missing."""
+    found, missing = {}, []
+    for name in TOKENIZER_FILES:
+        try:
+            found[name] = storage.read_bytes(storage.join(directory, name))
+        except FileNotFoundError:
+            missing.append(name)
+    if missing:
+        raise CheckpointError(
+            f"the tokenizer in {directory!r} has no {' and no '.join(missing)}, and every checkpoint holds a copy. "
+            "Run jobs/tok_train.py with the same --run: it makes what is missing."
+        )
+    return found
 
 
 def _snapshot(value: Any) -> Any:
@@ -237,11 +292,16 @@ class _HashingFile:
 
     def __init__(self, file: Any) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.size += memoryview(data).nbytes
-        return int(self.file.write(data))
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.error = error  # torch's zip writer raises another in its place
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -256,8 +316,8 @@ def _write_durably(path: Path, data: Any) -> dict[str, Any]:
         else:
             try:
                 torch.save(data, cast(IO[bytes], hashing))
-            except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk
-                raise OSError(f"writing {path.name} failed, most likely because the disk is full ({error})") from error
+            except RuntimeError as error:
+                raise hashing.error or OSError(f"writing {path.name} failed ({error})") from error
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}

@@ -7,14 +7,16 @@ killed run continues on the very next row with the very same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megacontext import storage
+from megacontext.checkpoint import checkpoint_name
 from megacontext.data.stream import Batch, BatchPlan, MmapStream
-from megacontext.errors import NonFiniteLossError
+from megacontext.errors import NonFiniteLossError, StorageError
 from megacontext.eval.samples import continuations
 from megacontext.model.flops import peak_flops
 from megacontext.telemetry import otel
@@ -22,8 +24,9 @@ from megacontext.telemetry.otel import Telemetry
 from megacontext.telemetry.rows import RowLog
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train import schedule
-from megacontext.train.checkpoint import CheckpointWriter, checkpoint_name
-from megacontext.train.setup import Setup, build, loop_meta
+from megacontext.train.checkpoint import CheckpointWriter
+from megacontext.train.resume import checkpoints_dir
+from megacontext.train.setup import Setup, agree, build, loop_meta
 from megacontext.train.step import Stepper, StepResult
 from megacontext.train.task import TrainTask
 from megacontext.train.throughput import Stopwatch, peak_memory_bytes
@@ -36,7 +39,11 @@ MakeStream = Callable[[BatchPlan, int, int], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended. `finished` is False when it was asked to stop before its horizon."""
+    """How training ended.
+
+    finished: False when it was asked to stop before its horizon. checkpoint: path of the one written at `step`; "" when
+    it was asked to stop before the first step of the run.
+    """
 
     finished: bool
     step: int
@@ -50,15 +57,36 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
     Without `make_stream` the rows come from a memory map of the shards. Raises DataError, CheckpointError, UserError
     or StorageError for bad input, NonFiniteLossError (after saving the last good weights) when training diverges.
     """
-    setup = build(task, worker)
+    writer = _open_writer(task, worker)
+    try:
+        setup = build(task, worker)
+        finished = _train(setup, tracker, make_stream, writer)
+    finally:
+        if writer is not None:
+            writer.close()
     state = setup.state
-    first, end = state["step"], setup.num_iterations
-    writer = None
-    if worker.rank == 0:
-        writer = CheckpointWriter(
-            storage.join(task.run_dir, "checkpoints"), task.stage, task.tokenizer_dir, task.train.keep_checkpoints
-        )
-        tracker.open(resume_step=first + 1, total_steps=end)
+    path = storage.join(checkpoints_dir(task), checkpoint_name(task.stage, state["step"]))
+    if not finished and state["step"] == 0:
+        path = ""
+    return TrainResult(finished, state["step"], path, _summary(setup))
+
+
+def _open_writer(task: TrainTask, worker: Worker) -> CheckpointWriter | None:
+    """The writer of checkpoints on rank 0, and with it the right to train this stage of the run."""
+    opened: list[CheckpointWriter] = []
+    keep = task.train.keep_checkpoints
+    agree(
+        worker,
+        lambda: opened.append(CheckpointWriter(checkpoints_dir(task), task.stage, task.tokenizer_dir, keep)),
+    )
+    return opened[0] if opened else None
+
+
+def _train(setup: Setup, tracker: Tracker, make_stream: MakeStream | None, writer: CheckpointWriter | None) -> bool:
+    """From the step of the setup on; whether the horizon was reached. Everything it opened is closed at the end."""
+    task, worker = setup.task, setup.worker
+    first, end = setup.state["step"], setup.num_iterations
+    tracker.open(resume_step=first + 1, total_steps=end)
     if make_stream is None:
         batches = iter(MmapStream(setup.train_shards, setup.order, setup.plan, worker.rank, first, end))
     else:
@@ -70,16 +98,30 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
             RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log,
             otel.from_environment({} if worker.rank else None, stage=task.stage) as telemetry,
         ):
-            finished = _loop(setup, batches, writer, tracker, rows_log, telemetry)
+            return _loop(setup, batches, writer, tracker, rows_log, telemetry)
+    except (NonFiniteLossError, StorageError):
+        if writer is not None and setup.state["step"] not in (0, first):
+            _save_last(setup, writer)
+        raise
     finally:
         close = getattr(batches, "close", None)
         if close is not None:
             close()
-        if writer is not None:
-            writer.close()
         tracker.finish()
-    path = storage.join(task.run_dir, "checkpoints", checkpoint_name(task.stage, state["step"]))
-    return TrainResult(finished, state["step"], path, _summary(setup))
+
+
+def _save_last(setup: Setup, writer: CheckpointWriter) -> None:
+    """Keep the steps done before an error that left the weights whole; whether that went well is said on stdout."""
+    step = setup.state["step"]
+    with contextlib.suppress(StorageError):  # a save that failed before is tried again
+        writer.wait()
+    try:
+        if writer.saved_step != step:
+            _save(setup, writer)
+            writer.wait()
+        print(f"{setup.task.stage}: an error ends training; the {step} steps done are kept", flush=True)
+    except StorageError as failure:
+        print(f"{setup.task.stage}: an error ends training; step {step} could not be saved: {failure}", flush=True)
 
 
 def _loop(
@@ -94,6 +136,8 @@ def _loop(
     stepper = Stepper(setup.forward, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
                       cfg.grad_clip, Stopwatch(worker.device), setup.memory)  # fmt: skip
     resumed_at, stop = (state["step"] or None), False
+    if state["step"] < setup.num_iterations and agree(worker, worker.stop_requested):
+        return False  # asked to stop before the first step: nothing is new, so nothing is saved
     while True:
         step = state["step"]
         last = step >= setup.num_iterations
@@ -102,31 +146,31 @@ def _loop(
                 _validate(setup, tracker)
             if worker.rank == 0 and (last or (step > 0 and _due(step, cfg.sample_every))):
                 tracker.log_text(step, continuations(setup.model, setup.tokenizer, max_tokens=16))
-            if writer is not None and (last or stop or (step > 0 and _due(step, cfg.save_every))):
-                _save(setup, writer)
+            if last or stop or (step > 0 and _due(step, cfg.save_every)):
+                rows_log.sync()
+                if writer is not None:
+                    tracker.sync()
+                    _save(setup, writer)
         if last or stop:
             return bool(last)
         lrm = schedule.lr_multiplier(
             step, setup.num_iterations, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
         )
         began = time.perf_counter()
-        try:
-            asked = worker.rank == 0 and worker.stop_requested()
-            with telemetry.span("train_step", step=step) as span:
-                result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
-                if result.metrics:
-                    span.event("mc_timing", **{f"{name}_ms": ms for name, ms in stepper.watch.phases_ms().items()})
-                    span.event("mc_batch_stats", **{name.removeprefix("mc/"): x for name, x in result.metrics.items()})
-        except NonFiniteLossError:
-            if writer is not None and step > 0:
-                _save(setup, writer)
-            raise
+        asked = worker.rank == 0 and worker.stop_requested()
+        with telemetry.span("train_step", step=step) as span:
+            result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
+            if result.metrics:
+                span.event("mc_timing", **{f"{name}_ms": ms for name, ms in stepper.watch.phases_ms().items()})
+                span.event("mc_batch_stats", **{name.removeprefix("mc/"): x for name, x in result.metrics.items()})
         phases_ms = stepper.watch.phases_ms()
         _advance(setup, result, time.perf_counter() - began)
         stop = result.stop
-        rows_log.write(step, result.rows)
-        if worker.rank == 0:
-            tracker.log(_step_metrics(setup, result, lrm, phases_ms), step + 1)
+        try:
+            rows_log.write(step, result.rows)
+        finally:  # a full disk of one log is no reason for a hole in the other
+            if worker.rank == 0:
+                tracker.log(_step_metrics(setup, result, lrm, phases_ms), step + 1)
 
 
 def _due(step: int, every: int) -> bool:
