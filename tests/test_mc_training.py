@@ -17,7 +17,7 @@ from tiny import make_task
 
 import megacontext as mc
 from jobs import cli
-from jobs.base_train import with_fitting_batch
+from megacontext.checkpoint import Checkpoint, load_checkpoint
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.data.recall import recall_rows
 from megacontext.data.recall_words import WordList
@@ -27,7 +27,6 @@ from megacontext.errors import CheckpointError, UserError
 from megacontext.model.flops import head_flops_per_token, routing_key_flops
 from megacontext.model.router import QUERY_TOKENS
 from megacontext.telemetry.tracker import Tracker
-from megacontext.train.checkpoint import Checkpoint, load_checkpoint
 from megacontext.train.loop import TrainResult, train
 from megacontext.train.optim import build_optimizer
 from megacontext.train.recall_mix import QUESTIONS
@@ -265,14 +264,6 @@ def test_settings_that_cannot_be_end_the_job_with_their_message() -> None:
 
     with pytest.raises(SystemExit, match="--block_size is 1; it must be at least 2"):
         cli.parse(base_train.SECTIONS, None, ["--tier", "cpu", "--mc", "--block_size", "1"])
-
-
-def test_auto_batch_says_what_it_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    train_config = TrainConfig(device_batch_size=32)
-    assert with_fitting_batch(train_config, MemoryConfig(mc=1), 2048).device_batch_size == 4
-    assert "device batch 32 -> 4 rows" in capsys.readouterr().out
-    assert with_fitting_batch(train_config, MemoryConfig(mc=1, mc_auto_batch=0), 2048) == train_config
-    assert capsys.readouterr().out == ""
 
 
 def test_steps_are_spans_with_what_they_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

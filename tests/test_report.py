@@ -125,6 +125,22 @@ def test_targets(metric: str, value: float, state: str) -> None:
     assert [v.state for v in judge({f"base_train/{metric}": value}, has_gpu=True)] == [state]
 
 
+@pytest.mark.parametrize(("ours", "state"), [(2.47, "ALERT"), (1.81, "ALERT"), (1.66, "ok")])
+def test_a_model_worse_than_its_bigram_is_marked(tmp_path: Path, ours: float, state: str) -> None:
+    """19 steps, 2.47 bits per byte, a bigram of 1.81, and nothing said that such a model is worthless."""
+    run_dir = str(tmp_path / "r")
+    report.write_stage(run_dir, "base_train", 60.0, 1e9, {"base_train/val_bpb": ours})
+    report.write_stage(run_dir, "base_eval", 3.0, 0.0, {"base_eval/val_bpb": ours, "base_eval/bigram_bpb": 1.81})
+    written = report.write_report(run_dir)
+    assert [(v.key, v.state) for v in judge(written.numbers, has_gpu=False)] == [("base_eval/val_bpb", state)]
+    marked = "ALERT: worse than its bigram"
+    text = (tmp_path / "r" / "report" / "report.md").read_text()
+    assert (marked in text) == (marked in report.card(written)) == (state == "ALERT")
+    if state == "ALERT":
+        assert f"✗ {marked}: base_eval/val_bpb = {render.show(ours)}, target < 1.8100" in report.card(written)
+    assert "base_eval/bigram_bpb" in text.split("## Targets")[1]
+
+
 def test_a_stage_without_curves_and_curves_without_a_stage(tmp_path: Path) -> None:
     report.write_stage(str(tmp_path / "a"), "tok_train", 1.0, 0.0, {"vocab_size": 300})
     assert report.write_report(str(tmp_path / "a")).plots == []

@@ -14,7 +14,6 @@ from megacontext.config import MemoryConfig
 from megacontext.context.invariants import check_working_context
 from megacontext.data.stream import Batch
 from megacontext.errors import UserError
-from megacontext.train.auto_batch import fitting_batch
 from megacontext.train.step_plan import kept_blocks
 from megacontext.train.views import (
     RowRandom,
@@ -154,15 +153,3 @@ def test_entry_of_token_finds_the_entry_that_covers_it() -> None:
     token = np.arange(40)
     assert (np.take_along_axis(starts, found, 1) <= token).all()
     assert (token < np.take_along_axis(ends, found, 1)).all()
-
-
-@pytest.mark.parametrize(
-    ("batch", "variants", "on", "expected"),
-    [(32, 4, 1, 4), (8, 4, 1, 1), (32, 0, 1, 32), (32, 4, 0, 32), (12, 1, 1, 6), (7, 4, 1, 1), (1, 4, 1, 1)],
-)
-def test_device_batch_shrinks_by_halves_to_what_fits(batch: int, variants: int, on: int, expected: int) -> None:
-    config = MemoryConfig(mc=1, mc_num_random_variants=variants, mc_auto_batch=on)
-    assert fitting_batch(batch, config, 2048) == expected
-    views = ViewSettings.of(config, 2048)
-    if on and expected > 1:
-        assert expected * (2048 + variants * views.first_entries) <= batch * 2048

@@ -45,7 +45,10 @@ def plot_metric(
             panel.axhline(value, color="#64748b", linewidth=1.1, linestyle=style, label=f"{name} {value:.3f}")
         _dress(panel, axis_label)
     panels[0].set_ylabel(label)
-    panels[-1].legend(fontsize=9, loc="upper right", facecolor="white", edgecolor="none", framealpha=0.9)
+    handles, names = panels[-1].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside right upper", fontsize=9, frameon=False
+    )  # beside the curves, not on them
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -119,7 +119,14 @@ def _mark(verdict: Verdict) -> str:
 
 
 def _miss(verdict: Verdict) -> str:
-    return f"{verdict.state} {verdict.key} = {show(verdict.value)}, target {verdict.target.aim}: look at {verdict.target.look_at}"
+    says = f"{_state(verdict)}: " if _state(verdict) != verdict.state else f"{verdict.state} "
+    return f"{says}{verdict.key} = {show(verdict.value)}, target {verdict.target.aim}: look at {verdict.target.look_at}"
+
+
+def _state(verdict: Verdict) -> str:
+    """`ok`, `miss` or `ALERT`; an alert with what it means where the target says so."""
+    meaning = verdict.target.verdict if verdict.state == "ALERT" else ""
+    return f"{verdict.state}: {meaning}" if meaning else verdict.state
 
 
 def _targets(report: Report) -> str:
@@ -130,7 +137,7 @@ def _targets(report: Report) -> str:
     for v in verdicts:
         advice = "" if v.state == "ok" else v.target.look_at
         lines.append(
-            f"| {_mark(v)} {v.state} | `{v.key}` | {show(v.value)} | {v.target.aim} | {v.target.alert} | {advice} |"
+            f"| {_mark(v)} {_state(v)} | `{v.key}` | {show(v.value)} | {v.target.aim} | {v.target.alert} | {advice} |"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """A metric's aim. `meets` and `alarms` judge its value; `look_at` says where a miss usually comes from."""
+    """A metric's aim. `meets` and `alarms` judge its value; `look_at` says where a miss usually comes from, `verdict` in a
+    few words what an alert means."""
 
     metric: str
     aim: str
@@ -17,6 +18,7 @@ class Target:
     alarms: Callable[[float], bool]
     look_at: str
     gpu_only: bool = False
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,32 @@ TARGETS = (
 
 
 def judge(numbers: Mapping[str, float], has_gpu: bool) -> list[Verdict]:
-    """Verdicts on every `<stage>/<metric>` of a report that has a target; MFU is judged on GPUs only."""
+    """Verdicts on every `<stage>/<metric>` of a report that has a target; MFU is judged on GPUs only.
+
+    A model is judged by its bigram wherever a stage has measured both on the same text.
+    """
     verdicts = []
     for key, value in numbers.items():
         metric = key.partition("/")[2]
         for target in TARGETS:
             if metric == target.metric and (has_gpu or not target.gpu_only):
-                state = "ALERT" if target.alarms(value) else "ok" if target.meets(value) else "miss"
-                verdicts.append(Verdict(key, value, target, state))
+                verdicts.append(_judged(key, value, target))
+    for key, bigram in numbers.items():
+        ours = key.removesuffix("/bigram_bpb") + "/val_bpb"
+        if key.endswith("/bigram_bpb") and ours in numbers:
+            verdicts.append(_judged(ours, numbers[ours], _below_bigram(key, bigram)))
     return verdicts
+
+
+def _judged(key: str, value: float, target: Target) -> Verdict:
+    return Verdict(key, value, target, "ALERT" if target.alarms(value) else "ok" if target.meets(value) else "miss")
+
+
+def _below_bigram(key: str, bigram: float) -> Target:
+    """The target of a model whose bigram, the entry `key` of the report, has so many bits per byte."""
+    return Target(
+        "val_bpb", f"< {bigram:.4f} ({key})", f"≥ {bigram:.4f}", lambda v: v < bigram, lambda v: v >= bigram,
+        "training tokens (total_tokens): too few make a model that predicts text worse than counts of word pairs do. Train "
+        "longer under another --run: on an idle machine, without --max_minutes, or with more --num_iterations",
+        verdict="worse than its bigram",
+    )  # fmt: skip

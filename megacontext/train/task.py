@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,25 +9,19 @@ from typing import Any
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.data.recall import question_counts
 from megacontext.errors import CheckpointError, UserError
+from megacontext.flags import free_flags
 from megacontext.model import flops
 from megacontext.model.flops import count_params, train_flops_per_token
 from megacontext.model.router import QUERY_TOKENS
 from megacontext.train.recall_mix import QUESTIONS
+from megacontext.train.sizing import floor_steps
 from megacontext.train.step_plan import QUIET_WINDOWS
 from megacontext.train.views import ViewSettings
 
-# What may change between two starts of the same run without changing what it computes.
-FREE_TRAIN_FLAGS = frozenset(
-    {"eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every", "log_rows", "stream",
-     "device_batch_size"}
-)  # fmt: skip
-# Settings of a memory that training does not read: they decide how it is used.
-FREE_MEMORY_FLAGS = frozenset(
-    {"allocator_type", "allocator_expand_threshold", "allocator_collapse_threshold", "allocator_sample_top_k",
-     "allocator_sample_temperature", "mc_auto_batch", "mc_eval_soft_max_length", "mc_infer_allocator_max_replacements",
-     "mc_infer_allocator_iterations", "mc_infer_refocus_interval"}
-)  # fmt: skip
-HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "target_param_data_ratio"})
+# Settings on which no result of training depends: they may change between two starts of a run.
+FREE_TRAIN_FLAGS = free_flags(TrainConfig, "base_train")
+FREE_MEMORY_FLAGS = free_flags(MemoryConfig, "base_train")
+HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "min_tokens", "target_param_data_ratio"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +123,11 @@ class TrainTask:
             )
 
 
-def horizon_steps(task: TrainTask, step_seconds: float | None) -> int:
+def horizon_steps(task: TrainTask, fitting: int | None) -> int:
     """Optimizer steps of a stage, by the first of num_iterations, target_flops, max_minutes, the data:param ratio.
 
-    `step_seconds` is the measured time of a step, needed only for max_minutes; a tenth of the time is left for
-    validation and checkpoints.
+    `fitting`: steps that fit max_minutes, as measured; needed only when these decide. There are never fewer steps than
+    `min_tokens` takes.
     """
     cfg = task.train
     if cfg.num_iterations >= 0:
@@ -142,8 +135,8 @@ def horizon_steps(task: TrainTask, step_seconds: float | None) -> int:
     if cfg.target_flops > 0:
         return max(1, round(cfg.target_flops / (task.mean_flops_per_token * cfg.total_batch_size)))
     if cfg.max_minutes > 0:
-        assert step_seconds is not None
-        return max(1, math.floor(cfg.max_minutes * 60 * 0.9 / step_seconds))
+        assert fitting is not None
+        return max(1, fitting, floor_steps(cfg))
     if cfg.target_param_data_ratio > 0:
         return max(1, round(cfg.target_param_data_ratio * count_params(task.gpt) / cfg.total_batch_size))
     raise UserError(
