@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from patience import PATIENCE_S
 
 from jobs import cli, prepare_data
+from megacontext import storage
 from megacontext.data import binarize, parquet
+from megacontext.data.identity import identify
 from megacontext.data.shards import Manifest, ShardSet
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import DataError, StorageError, UserError
@@ -158,6 +164,71 @@ def test_a_receipt_holds_only_while_everything_fits(folder: Path, tokenizer: Tok
     assert not done()
 
 
+def write_plain(path: Path, documents: list[str]) -> None:
+    """A shard whose size depends on the lengths of its documents alone."""
+    table = pa.table({"text": documents})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+
+
+def backwards(documents: list[str]) -> list[str]:
+    return [document[::-1] for document in documents]
+
+
+def test_a_replaced_input_of_the_same_name_size_and_time_is_another_input(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, out = tmp_path / "x.parquet", str(tmp_path / "o" / "x")
+    write_plain(path, texts(60, 0))
+    before = path.stat()
+    receipt = binarize.binarize_file(str(path), out, tokenizer, 65)
+    write_plain(tmp_path / "y", backwards(texts(60, 0)))
+    os.replace(tmp_path / "y", path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert binarize.finished(str(path), out, tokenizer.digest, 65) is None
+    again = binarize.binarize_file(str(path), out, tokenizer, 65)
+    assert [shard.crc32 for shard in again.shards] != [shard.crc32 for shard in receipt.shards]
+    assert binarize.finished(str(path), out, tokenizer.digest, 65) == again
+
+
+def test_an_input_that_was_copied_or_touched_is_read_once_and_is_done(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "x.parquet", str(tmp_path / "o" / "x")
+    write_plain(path, texts(60, 0))
+    receipt = binarize.binarize_file(str(path), out, tokenizer, 65)
+    shutil.copy(path, tmp_path / "y")
+    os.replace(tmp_path / "y", path)
+    found = binarize.finished(str(path), out, tokenizer.digest, 65)
+    assert found is not None
+    assert (found.shards, found.input.content) == (receipt.shards, receipt.input.content)
+    monkeypatch.setattr(storage, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+    assert binarize.finished(str(path), out, tokenizer.digest, 65) == found
+
+
+def test_a_file_in_a_store_is_known_by_its_content_too() -> None:
+    fs, path = fsspec.filesystem("memory"), "memory://identity/x.parquet"
+    fs.pipe_file("/identity/x.parquet", b"one")
+    first = identify(path)
+    assert identify(path, first) is first
+    fs.rm("/identity/x.parquet")
+    with pytest.raises(DataError, match=r"identity/x\.parquet' is missing"):
+        identify(path, first)
+    fs.pipe_file("/identity/x.parquet", b"two")
+    assert identify(path, first).content != first.content
+
+
+def test_an_input_that_is_written_to_meanwhile_gets_no_receipt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, out = tmp_path / "x.parquet", str(tmp_path / "o" / "x")
+    write_plain(path, texts(60, 0))
+
+    def replaces_it(tokens: int) -> None:
+        write_plain(tmp_path / "y", backwards(texts(60, 0)))
+        os.replace(tmp_path / "y", path)
+
+    with pytest.raises(DataError, match=r"x\.parquet' was changed while it was read.*run again"):
+        binarize.binarize_file(str(path), out, tokenizer, 65, on_progress=replaces_it)
+    assert binarize.read_receipt(out) is None
+
+
 def test_short_documents_can_be_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     words = ["word " * n for n in (1, 30, 199, 200, 201)]
     (tmp_path / "x.parquet").write_bytes(parquet.encode_texts(words))
@@ -196,7 +267,7 @@ def test_the_job_resumes_and_repairs(
     train, val = (Path(binarize.split_dir(str(folder / "tokens"), 64, tokenizer.digest, s)) for s in ("train", "val"))
     assert ShardSet.open(str(train)).num_rows == metrics["prepare_data/train_rows"]
     assert ShardSet.open(str(val)).num_rows == metrics["prepare_data/val_rows"]
-    assert [name for name, _ in Manifest.read(str(val)).source["inputs"]] == ["shard_00002.parquet"]
+    assert [name for name, *_ in Manifest.read(str(val)).source["inputs"]] == ["shard_00002.parquet"]
     before = inodes(folder)
     # Complete: nothing is written.
     again = prepare(folder)
@@ -216,6 +287,26 @@ def test_the_job_resumes_and_repairs(
     # Another row length is another folder; the old one stays.
     prepare(folder, seq_len=32)
     assert ShardSet.open(str(train)).row_tokens == 65
+    # An input is replaced by one of the same name, one is added: the tokens are those of the new text.
+    write_plain(folder / "text" / "shard_00000.parquet", backwards(texts(60, 0)))
+    write_plain(folder / "text" / "shard_00003.parquet", texts(60, 3))
+    capsys.readouterr()
+    prepare(folder)
+    assert "shard_00000.parquet or its token shards changed; it is binarized again" in capsys.readouterr().out
+    inputs = [[name for name, *_ in Manifest.read(str(side)).source["inputs"]] for side in (train, val)]
+    assert inputs == [[f"shard_{index:05d}.parquet" for index in range(3)], ["shard_00003.parquet"]]
+    ids = ShardSet.open(str(train)).read(np.arange(ShardSet.open(str(train)).num_rows))["ids"]
+    want = Counter(
+        token for text in [*backwards(texts(60, 0)), *texts(60, 1), *texts(60, 2)] for token in tokenizer.encode(text)
+    )
+    assert not document_tokens(ids, tokenizer.bos_id) - want
+    # One is taken away: its tokens are no longer trained on.
+    (folder / "text" / "shard_00000.parquet").unlink()
+    prepare(folder)
+    assert [name for name, *_ in Manifest.read(str(train)).source["inputs"]] == [
+        "shard_00001.parquet",
+        "shard_00002.parquet",
+    ]
     # A file that cannot be read is named, by the error that the library raises, not by a Ray traceback.
     (folder / "text" / "shard_00001.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"shard_00001\.parquet"):
@@ -266,4 +357,6 @@ def test_the_command_as_a_module_and_with_a_wrong_flag(tmp_path: Path) -> None:
 def command(*parts: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     env.pop("PYTHONPATH", None)
-    return subprocess.run([sys.executable, *parts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, *parts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )

@@ -161,6 +161,19 @@ def test_incomplete_corpus_is_made_again(tmp_path: Path, damage: str) -> None:
     assert [Path(p).name for p in parquet.list_parquet(str(out))] == list(info.shards)
 
 
+def test_a_shard_that_was_changed_is_named_and_kept(tmp_path: Path) -> None:
+    out, lib = tmp_path / "out", str(fake_library(tmp_path / "lib"))
+    info = corpus.write_embedded_corpus(str(out), lib)
+    changed = out / info.shards[2]
+    data = changed.read_bytes()
+    changed.write_bytes(parquet.encode_texts(["mine"]))
+    with pytest.raises(DataError, match=r"shard_00002\.parquet' is not the file that was written there.*--data_dir"):
+        corpus.write_embedded_corpus(str(out), lib)
+    assert parquet.count_rows(str(changed)) == 1
+    changed.write_bytes(data)
+    assert corpus.write_embedded_corpus(str(out), lib) == info
+
+
 def test_write_that_dies_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, lib = str(tmp_path / "out"), str(fake_library(tmp_path / "lib"))
     plain = parquet.encode_texts

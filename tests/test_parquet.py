@@ -82,6 +82,11 @@ def test_unusable_shards(tmp_path: Path) -> None:
         (pa.table({"text": pa.array([b"x"])}), "type binary"),
         (pa.table({"text": pa.array([], type=pa.string())}), "has no rows"),
         (pa.table({"text": ["x", None, None]}), "2 null texts"),
+        (pa.table([["a"], ["b"]], names=["text", "text"]), r"2 columns `text`.*\['text', 'text'\].*Keep the one"),
+        (pa.table({"text": [["a"], ["b"]]}), "type list<.*>; it must be string. Write the file again"),
+        (pa.table({"text": pa.nulls(2)}), "type null"),
+        (pa.table({"text": pa.array([b"x"]).dictionary_encode()}), "type dictionary<values=binary"),
+        (pa.table({"text": [{"text": "x"}]}), "type struct<text: string>"),
         (b"", "not a whole parquet file"),
         (b"<html>not found</html>", "not a whole parquet file"),
         (good[:-100], "not a whole parquet file"),
@@ -108,3 +113,83 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 def test_absent_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no parquet file at"):
         list(parquet.read_texts(str(tmp_path / "absent.parquet")))
+
+
+def shards(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(parquet.encode_texts([name]))
+
+
+def test_shards_in_subfolders_are_pointed_at(tmp_path: Path) -> None:
+    shards(tmp_path / "data", "a.parquet", "b.parquet")
+    shards(tmp_path / "more" / "en", "c.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        DataError, match=r"holds no \.parquet files itself; .* '\S*/data' \(2\), '\S*/more/en' \(1\); point"
+    ):
+        parquet.text_shards(str(tmp_path))
+    shards(tmp_path, "a.parquet", "b.parquet")
+    assert parquet.text_shards(str(tmp_path)) == ([str(tmp_path / "a.parquet")], [str(tmp_path / "b.parquet")])
+    assert parquet.unread_subfolders(str(tmp_path)) == ["data", "more/en"]
+
+
+def test_a_folder_that_is_named_like_a_shard_is_no_shard(tmp_path: Path) -> None:
+    """Spark writes a folder `x.parquet` with the shards inside."""
+    shards(tmp_path / "x.parquet", "part-0.snappy.parquet", "part-1.snappy.parquet")
+    (tmp_path / "x.parquet" / "_SUCCESS").touch()
+    with pytest.raises(DataError, match=r"subfolders '\S*/x\.parquet' \(2\)"):
+        parquet.text_shards(str(tmp_path))
+    assert len(parquet.text_shards(str(tmp_path / "x.parquet"))[0]) == 1
+
+
+def test_a_file_in_place_of_a_folder_and_other_kinds_of_files(tmp_path: Path) -> None:
+    shards(tmp_path / "one", "a.parquet")
+    with pytest.raises(DataError, match=r"one/a\.parquet' is a file, and a folder of at least 2 shards is needed"):
+        parquet.text_shards(str(tmp_path / "one" / "a.parquet"))
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        parquet.text_shards(str(tmp_path / "one"))
+    (tmp_path / "two").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "README"):
+        (tmp_path / "two" / name).touch()
+    with pytest.raises(DataError, match=r"holds no \.parquet files \(it holds 2 \.jsonl, 1 without ending, 1 \.txt\)"):
+        parquet.list_parquet(str(tmp_path / "two"))
+
+
+def test_links_and_odd_names_are_read(tmp_path: Path) -> None:
+    odd = ["a b.parquet", "ü#%20?*[1].parquet", "~z.parquet"]
+    shards(tmp_path / "real", *odd)
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for name in odd:
+        (tmp_path / "links" / name).symlink_to(tmp_path / "real" / name)
+    for folder in ("real", "linked", "links"):
+        train, val = parquet.text_shards(str(tmp_path / folder))
+        assert [text for path in train + val for group in parquet.read_texts(path) for text in group] == sorted(odd)
+    (tmp_path / "real" / "\udcff.parquet").touch()
+    with pytest.raises(DataError, match=r"'\\udcff\.parquet' .* is not UTF-8; rename"):
+        parquet.list_parquet(str(tmp_path / "real"))
+
+
+def test_all_unusable_shards_are_named_at_once(tmp_path: Path) -> None:
+    shards(tmp_path, "a.parquet", "z.parquet")
+    write(tmp_path / "b.parquet", pa.table({"text": [1]}))
+    write(tmp_path / "c.parquet", pa.table({"text": ["x", None]}))
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(
+        DataError, match=r"b\.parquet' has type int64.*c\.parquet' has 1 null.*d\.parquet' is not a whole"
+    ):
+        parquet.text_shards(str(tmp_path))
+    for index in range(9):
+        (tmp_path / f"e{index}.parquet").touch()
+    with pytest.raises(DataError, match="There are 7 more such files"):
+        parquet.text_shards(str(tmp_path))
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "ls", refuse)
+    with pytest.raises(StorageError, match=f"cannot list '{tmp_path}': .*Permission denied.*permissions"):
+        parquet.text_shards(str(tmp_path))

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from megacontext import storage
 from megacontext.data import parquet
+from megacontext.data.identity import FileIdentity, check_unchanged, from_json, identify, read_stamp
 from megacontext.data.packing import PackStats, pack_rows
 from megacontext.data.shards import VERSION, Manifest, ShardInfo, ids_dtype, write_shard
 from megacontext.data.stream import RowOrder
-from megacontext.errors import DataError, StorageError
+from megacontext.errors import DataError
 
 SHARD_BYTES = 128 << 20
 _TASK_CHARS = 1 << 18  # text of one tokenizer task: long enough to hide its dispatch, short enough to share out
@@ -46,8 +47,7 @@ class Encoder(Protocol):
 class Receipt:
     """What became of one input file: which input, by which tokenizer, into which shards, with which counts."""
 
-    input: str
-    input_bytes: int
+    input: FileIdentity
     tokenizer_digest: str
     row_tokens: int
     shards: tuple[ShardInfo, ...]
@@ -120,10 +120,11 @@ def binarize_file(
         min_doc_chars: documents shorter than this are left out. Another choice needs another `out_prefix`.
 
     Raises:
-        DataError: the input is damaged, or has less text than one row.
+        DataError: the input is damaged, or was written to while it was read.
         StorageError: the output cannot be written.
     """
     started = time.monotonic()
+    identity = identify(parquet_path)
     stats = PackStats()
     texts = ([text for text in group if len(text) >= min_doc_chars] for group in parquet.read_texts(parquet_path))
     documents = tokenize(texts, tokenizer, num_threads)
@@ -133,9 +134,9 @@ def binarize_file(
     infos: list[ShardInfo] = []
     for rows in _gather(blocks, most_rows, row_tokens, dtype, stats, on_progress):
         infos.append(write_shard(f"{out_prefix}-{len(infos):05d}.arrow", {"ids": rows}))
+    check_unchanged(parquet_path, identity)
     receipt = Receipt(
-        input=_name(parquet_path),
-        input_bytes=_size(parquet_path),
+        input=identity,
         tokenizer_digest=tokenizer.digest,
         row_tokens=row_tokens,
         shards=tuple(infos),
@@ -180,26 +181,40 @@ def _shuffled(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
 
 
 def finished(parquet_path: str, out_prefix: str, tokenizer_digest: str, row_tokens: int) -> Receipt | None:
-    """The receipt of an input that is done: same input size, tokenizer and row length, all shards there and whole.
+    """The receipt of an input that is done: same content, tokenizer and row length, all shards there and whole.
 
-    None when any of it does not hold; the input is then binarized anew.
+    None when any of it does not hold; the input is then binarized anew. The input is read only when its stamp is not
+    the receipt's; if the content is the same nevertheless, the receipt gets the new stamp.
     """
+    receipt = read_receipt(out_prefix)
+    if receipt is None or (receipt.tokenizer_digest, receipt.row_tokens) != (tokenizer_digest, row_tokens):
+        return None
+    folder = out_prefix.rsplit("/", 1)[0]
+    try:
+        whole = all(read_stamp(storage.join(folder, shard.name))[0] == shard.bytes for shard in receipt.shards)
+    except DataError:  # a shard is gone
+        return None
+    if not whole or (_name(parquet_path), read_stamp(parquet_path)[0]) != (receipt.input.name, receipt.input.bytes):
+        return None
+    identity = identify(parquet_path, receipt.input)
+    if identity.content != receipt.input.content:
+        return None
+    if identity != receipt.input:
+        receipt = replace(receipt, input=identity)
+        storage.write_json(_receipt_path(out_prefix), asdict(receipt))
+    return receipt
+
+
+def read_receipt(out_prefix: str) -> Receipt | None:
+    """What `binarize_file` wrote last; None where it never ended, or its receipt cannot be read."""
     try:
         raw = storage.read_json(_receipt_path(out_prefix))
         values = {item.name: raw[item.name] for item in fields(Receipt)}
         values["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
+        values["input"] = from_json(raw["input"])
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    receipt = Receipt(**values)
-    mine = (_name(parquet_path), _size(parquet_path), tokenizer_digest, row_tokens)
-    if (receipt.input, receipt.input_bytes, receipt.tokenizer_digest, receipt.row_tokens) != mine:
-        return None
-    folder = out_prefix.rsplit("/", 1)[0]
-    try:
-        whole = all(_size(storage.join(folder, shard.name)) == shard.bytes for shard in receipt.shards)
-    except DataError:  # a shard is gone
-        return None
-    return receipt if whole else None
+    return Receipt(**values)
 
 
 def out_prefix(directory: str, parquet_path: str) -> str:
@@ -232,7 +247,7 @@ def build_manifest(
         tokens_kept=sum(receipt.tokens_kept for receipt in receipts),
         source={
             "folder": source,
-            "inputs": [[receipt.input, receipt.input_bytes] for receipt in receipts],
+            "inputs": [list(receipt.input.content) for receipt in receipts],
             "whole_documents": sum(receipt.whole_documents for receipt in receipts),
         },
     )
@@ -244,16 +259,3 @@ def _receipt_path(prefix: str) -> str:
 
 def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
-
-
-def _size(path: str) -> int:
-    """Bytes of a file. Raises DataError when it is absent, StorageError when the storage does not answer."""
-    fs, inner = storage.filesystem(path)
-    try:
-        return int(fs.size(inner))
-    except FileNotFoundError:
-        raise DataError(f"{path!r} is missing; restore it, or point --data_dir elsewhere.") from None
-    except OSError as error:
-        raise StorageError(
-            f"cannot reach {path!r}: {error}. Check the address, the network and credentials."
-        ) from error

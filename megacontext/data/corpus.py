@@ -25,7 +25,7 @@ from megacontext import storage
 from megacontext.data import parquet
 from megacontext.errors import DataError
 
-FORMAT = 1  # raised when the selection, the split or the order changes
+FORMAT = 2  # raised when the selection, the split, the order or the fields of corpus.json change
 INFO_NAME = "corpus.json"
 TRAIN_SHARDS = 8
 VALIDATION_SHARE = 0.05
@@ -61,6 +61,7 @@ class CorpusInfo:
     chars_train: int
     chars_val: int
     shards: tuple[str, ...]  # in name order; the last is validation
+    sha256: tuple[str, ...]  # of each shard's file
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def write_embedded_corpus(directory: str, stdlib: str = "") -> CorpusInfo:
     """Write the corpus of the running Python (or of another library folder) to a folder, unless it is there already.
 
     Shards appear whole or not at all, `corpus.json` comes last. Raises DataError when the folder holds shards of
-    somebody else, or the library is too small to train on; StorageError when it cannot be written.
+    somebody else or a shard that is not as it was written, or the library is too small to train on; StorageError when
+    it cannot be written.
     """
     done = read_info(directory)
     if done is not None:
@@ -90,10 +92,12 @@ def write_embedded_corpus(directory: str, stdlib: str = "") -> CorpusInfo:
     train, val, files = build_documents(Path(stdlib or sysconfig.get_path("stdlib")))
     storage.write_json(info_path, {"format": FORMAT, "complete": False})
     parts = [train[len(train) * i // TRAIN_SHARDS : len(train) * (i + 1) // TRAIN_SHARDS] for i in range(TRAIN_SHARDS)]
-    names = []
+    names, digests = [], []
     for index, part in enumerate([*parts, val]):
         names.append(f"shard_{index:05d}.parquet")
-        storage.write_bytes(storage.join(directory, names[-1]), parquet.encode_texts(part))
+        data = parquet.encode_texts(part)
+        digests.append(hashlib.sha256(data).hexdigest())
+        storage.write_bytes(storage.join(directory, names[-1]), data)
     for stale in set(found) - set(names):
         storage.remove_tree(storage.join(directory, stale))
     info = CorpusInfo(
@@ -106,13 +110,17 @@ def write_embedded_corpus(directory: str, stdlib: str = "") -> CorpusInfo:
         chars_train=sum(map(len, train)),
         chars_val=sum(map(len, val)),
         shards=tuple(names),
+        sha256=tuple(digests),
     )
     storage.write_json(info_path, {**asdict(info), "complete": True})
     return info
 
 
 def read_info(directory: str) -> CorpusInfo | None:
-    """The finished corpus in a folder; None if there is none, or it comes from another Python or format."""
+    """The finished corpus in a folder; None if there is none, a shard is missing, or another Python or format made it.
+
+    Raises DataError when a shard was changed or replaced after it was written.
+    """
     try:
         value = storage.read_json(storage.join(directory, INFO_NAME))
     except FileNotFoundError:
@@ -123,9 +131,20 @@ def read_info(directory: str) -> CorpusInfo | None:
         return None
     if value.get("format") != FORMAT or value.get("python") != python_name():
         return None
-    if not set(value["shards"]) <= set(storage.list_dir(directory)):
+    try:
+        info = CorpusInfo(**{**value, "shards": tuple(value["shards"]), "sha256": tuple(value["sha256"])})
+    except (KeyError, TypeError):
         return None
-    return CorpusInfo(**{**value, "shards": tuple(value["shards"])})
+    if not set(info.shards) <= set(storage.list_dir(directory)):
+        return None
+    for name, sha256 in zip(info.shards, info.sha256, strict=False):
+        path = storage.join(directory, name)
+        if storage.sha256_file(path) != sha256:
+            raise DataError(
+                f"{path!r} is not the file that was written there: its content was changed. To train on this text, copy the "
+                f"folder and name the copy with --data_dir; to have the embedded corpus again, delete {directory!r}."
+            )
+    return info
 
 
 def python_name() -> str:

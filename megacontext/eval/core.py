@@ -17,7 +17,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megacontext.eval.core_tasks import CoreBundle, CoreTask, Question, build_question, common_length, load_items
+from megacontext.errors import DataError
+from megacontext.eval.core_tasks import (
+    NAMED,
+    CoreBundle,
+    CoreTask,
+    Question,
+    build_question,
+    check_items,
+    common_length,
+    load_items,
+)
 from megacontext.inference.engine import rotary_at
 
 if TYPE_CHECKING:
@@ -52,8 +62,8 @@ class CoreResult:
 
     @property
     def core(self) -> float:
-        """Mean centred accuracy over the scored tasks; NaN when there are none."""
-        return sum(task.centered for task in self.tasks) / len(self.tasks) if self.tasks else math.nan
+        """Mean centred accuracy over the scored tasks; there is at least one."""
+        return sum(task.centered for task in self.tasks) / len(self.tasks)
 
     @property
     def coverage(self) -> str:
@@ -92,17 +102,29 @@ def evaluate_core(
 
     max_seq_len crops prompts from the left; None keeps them whole, as nanochat does for its own models. When
     torch.distributed runs, ranks share the items, all get the result and rank 0 speaks. All task files are read before
-    the first is scored, so bad input costs no model time. Raises DataError as `load_items` and `build_question` do.
+    the first is scored, so bad input costs no model time. An item with an option of which nothing is judged has the
+    verdict that nanochat gives it, and its line is named. Raises DataError as `load_items` and `build_question` do, and
+    when no task of the bundle has a file.
     """
+    if not bundle.available:
+        raise DataError(
+            f"none of the {len(bundle.tasks)} tasks of the bundle has a file; CORE would be a mean of nothing."
+        )
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     speak = say if rank == 0 else lambda line: None
     for label in bundle.missing:
         speak(f"CORE {label}: skipped, its file is not in the bundle")
     loaded = [(task, load_items(task, max_per_task)) for task in bundle.available]
+    for task, items in loaded:
+        check_items(task, tokenizer, items)
     results = []
     for task, items in loaded:
-        questions = (build_question(task, tokenizer, items, index, max_seq_len) for index in _my_share(len(items)))
-        verdicts = _gather(score_questions(model, list(questions), pack), len(items), model)
+        share = _my_share(len(items))
+        questions = [build_question(task, tokenizer, items, index, max_seq_len) for index in share]
+        lines = [items[i].line for i, q in zip(share, questions, strict=True) if any(a >= b for a, b in q.spans)]
+        if lines:  # whichever rank has them
+            say(_unjudged(task, sorted(lines)))
+        verdicts = _gather(score_questions(model, questions, pack), len(items), model)
         results.append(TaskResult(task.label, sum(verdicts) / len(verdicts), task.baseline, tuple(verdicts)))
         speak(_line(task, results[-1]))
     result = CoreResult(tuple(results), bundle.missing)
@@ -114,6 +136,14 @@ def _line(task: CoreTask, result: TaskResult) -> str:
     return (
         f"CORE {task.label}: accuracy {result.accuracy:.4f}, centred {result.centered:+.4f} "
         f"({len(result.correct)} items, {task.num_fewshot}-shot {task.task_type})"
+    )
+
+
+def _unjudged(task: CoreTask, lines: Sequence[int]) -> str:
+    more = f" and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return (
+        f"CORE {task.label}: {task.path}, line {', '.join(map(str, lines[:NAMED]))}{more}: an option equals all others, or "
+        "begins them. Nothing of such an option is judged; it is chosen if it is the first option, as in nanochat."
     )
 
 
@@ -224,8 +254,9 @@ def _judge(model: GPT, batch: list[Packed]) -> tuple[list[float], list[bool]]:
         )  # [B, L, L] own branch or shared
         mask = mask.tril()[:, None]  # [B, 1, L, L]
     hidden = model.trunk(model.embed(ids), rotary_at(model, positions, longest), mask=mask)  # [B, L, D]
-    at = torch.tensor([row * longest + slot for row, seq in enumerate(batch) for _, _, slot, _ in seq.judged])
-    targets = torch.tensor([target for seq in batch for *_, target in seq.judged], device=model.device)
+    slots = [row * longest + slot for row, seq in enumerate(batch) for _, _, slot, _ in seq.judged]
+    at = torch.tensor(slots, dtype=torch.int64)  # of no slot at all as well: where no option differs, none is judged
+    targets = torch.tensor([t for seq in batch for *_, t in seq.judged], dtype=torch.int64, device=model.device)
     flat = hidden.flatten(0, 1)[at.to(model.device)]  # [N, D]
     losses: list[float] = []
     hits: list[bool] = []
