@@ -43,6 +43,7 @@ umask 077
 temporary=$(mktemp "$file.XXXXXX")
 trap 'rm -f "$temporary"' EXIT
 echo "# Settings that every job reads; written by cluster/setup.sh. Keep it private." >"$temporary"
+count=0
 for setting in "${settings[@]}"; do
     IFS='|' read -r name kind question <<<"$setting"
     value=${!name:-}
@@ -57,9 +58,14 @@ for setting in "${settings[@]}"; do
     if [ -n "$value" ]; then
         # Single quotes keep every character; a quote itself is closed, escaped and opened again.
         printf "%s='%s'\n" "$name" "${value//\'/\'\\\'\'}" >>"$temporary"
+        count=$((count + 1))
     fi
 done
 chmod 600 "$temporary"
+if [ -f "$file" ]; then
+    mv "$file" "$file.before"
+    echo "the file that was there is now $file.before"
+fi
 mv "$temporary" "$file"
 trap - EXIT
-echo "wrote $file ($(grep -c = "$file" || true) settings, readable by you alone)"
+echo "wrote $file ($count settings, readable by you alone)"

@@ -20,12 +20,14 @@ import codecs
 from collections.abc import Generator, Sequence
 
 import megacontext as mc
-from jobs import cli
+from jobs import cli, environment
+from jobs.parser import Parser
+from jobs.user_paths import resolve_paths
 from megacontext import storage
+from megacontext.checkpoint import latest_checkpoint, list_checkpoints
 from megacontext.errors import CheckpointError
 from megacontext.inference.engine import Engine
 from megacontext.inference.sampling import check_sampling
-from megacontext.train.checkpoint import latest_checkpoint, list_checkpoints
 from megacontext.train.worker import choose_device
 
 STAGES = ("rl", "sft", "mid", "base")  # most taught first
@@ -85,8 +87,7 @@ def locate(path: str) -> tuple[str, bool]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Unknown flags end the program with status 2."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("-p", "--prompt", default="", help="answer this and exit [default: converse]")
     parser.add_argument(
         "--checkpoint", default="", help="checkpoint or nanochat base directory [default: newest of --run]"
@@ -118,7 +119,7 @@ def start(args: argparse.Namespace) -> Conversation:
     path = args.checkpoint
     if not path:
         given = {name: getattr(args, name) for name in ("run", "base_dir", "storage") if getattr(args, name)}
-        path = cli.paths(cli.resolve(given)).run_dir
+        path = cli.paths(cli.resolve(given | {"tier": "cpu"})).run_dir  # any tier: it does not change the folder
         if not list_checkpoints(storage.join(path, "checkpoints")):
             raise CheckpointError(f"run {path} has no checkpoint; train it first, or give --checkpoint PATH.")
     path, chat = locate(path)
@@ -163,9 +164,11 @@ def converse(conversation: Conversation, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    cli.finish(environment.load)  # .mc_env may name the base folder
     args = parse(argv)
 
     def work() -> None:
+        resolve_paths(args, "checkpoint", "storage")
         conversation = start(args)
         if args.prompt:
             answer(conversation, args.prompt, args.seed)

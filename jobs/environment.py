@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from jobs.env_file import read_env_file
+from jobs.user_paths import is_relative, settle_user, user_path
 from megacontext.errors import UserError
 from megacontext.telemetry.provenance import is_secret_name
 
@@ -30,67 +32,79 @@ FORWARDED = (
     "MC_OTEL_ENDPOINT",
     "MC_OTEL_INSECURE",
 )
+PATHS = ("NANOCHAT_BASE_DIR", "HF_HOME", "MEGACONTEXT_ENV_FILE")  # variables that hold a path
 NEEDED_SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 
 
 def env_file() -> Path | None:
     """`MEGACONTEXT_ENV_FILE`, else `.mc_env` in the current folder, the source folder or the home folder; None if absent."""
     given = os.environ.get("MEGACONTEXT_ENV_FILE")
-    places = [Path(given)] if given else [Path.cwd() / ".mc_env", ROOT / ".mc_env", Path.home() / ".mc_env"]
-    found = next((path for path in places if path.is_file()), None)
-    if given and found is None:
-        raise UserError(
-            f"MEGACONTEXT_ENV_FILE is {given!r}, and no such file exists. Run cluster/setup.sh or unset it."
-        )
-    return found
-
-
-def parse_env_file(text: str, name: str = ".mc_env") -> dict[str, str]:
-    """`[export ]NAME=value` lines with shell quoting; blank lines and comments are skipped. UserError names a bad line."""
-    values: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
+    if given:
+        path = user_path(given, "MEGACONTEXT_ENV_FILE")
+        if not os.path.isfile(path):
             raise UserError(
-                f"line {number} of {name}: {error}. Write NAME=value, quoted where it has spaces."
-            ) from None
-        words = words[1:] if words[:1] == ["export"] else words
-        if not words:
-            continue
-        key, equals, value = words[0].partition("=")
-        if len(words) != 1 or not equals or not key.isidentifier():
-            raise UserError(f"line {number} of {name} is not NAME=value. Quote values that have spaces.")
-        values[key] = value
-    return values
+                f"MEGACONTEXT_ENV_FILE is {given!r}, and no such file exists. Run cluster/setup.sh or unset it."
+            )
+        return Path(path)
+    # os.path's functions: pathlib's raise without a home folder, and where a folder may not be entered.
+    places = [".mc_env", str(ROOT / ".mc_env"), os.path.expanduser("~/.mc_env")]
+    return next((Path(place).absolute() for place in places if os.path.isfile(place)), None)
 
 
 def load(environment: MutableMapping[str, str] = os.environ) -> Path | None:
     """Add the settings of `.mc_env` that the environment does not have yet; returns the file read.
 
-    Raises UserError when the file is damaged, or readable by other users: it holds secrets.
+    Then names the user where the system has no name (`settle_user`). Raises UserError when the file is damaged, or
+    readable by other users: it holds secrets.
     """
     path = env_file()
-    if path is None:
-        return None
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise UserError(f"{path} can be read by other users and holds secrets. Run: chmod 600 {shlex.quote(str(path))}")
-    for key, value in parse_env_file(path.read_text(), str(path)).items():
-        if value and not environment.get(key):
-            environment[key] = value
+    if path is not None:
+        _add_settings(path, environment)
+    settle_user(environment)
     return path
 
 
+def _add_settings(path: Path, environment: MutableMapping[str, str]) -> None:
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise UserError(f"{path} can be read by other users and holds secrets. Run: chmod 600 {shlex.quote(str(path))}")
+    for key, value in read_env_file(path, environment).items():
+        if value and not environment.get(key):
+            environment[key] = value
+
+
 def job_env_vars(environment: Mapping[str, str], revision: str) -> dict[str, str]:
-    """Variables for the runtime environment of a submitted job; none of them is secret."""
-    sent = {name: environment[name] for name in FORWARDED if environment.get(name)}
-    assert not any(is_secret_name(name) for name in sent)
+    """Variables that every submitted job gets in its runtime environment."""
     # Ray kills a stopped job after 3 s unless told otherwise; a checkpoint takes longer.
     return {
-        **sent,
         "RAY_JOB_STOP_WAIT_TIME_S": environment.get("RAY_JOB_STOP_WAIT_TIME_S", "120"),
         "MEGACONTEXT_REVISION": revision,
     }
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Settings that a job on another cluster gets in its runtime environment; none of them is secret.
+
+    Raises UserError for a value with a $, because Ray replaces what looks like a variable by its value on the cluster.
+    """
+    sent = {name: environment[name] for name in FORWARDED if environment.get(name)}
+    assert not any(is_secret_name(name) for name in sent)
+    for name, value in sent.items():
+        if "$" in value:
+            raise UserError(f"{name} is {value!r}; Ray cannot send a value with a $. Set {name} on the cluster.")
+    return sent
+
+
+def fix_paths(environment: MutableMapping[str, str], same_machine: bool) -> None:
+    """Make the paths among the variables absolute for a job on this machine; raise UserError for relative ones elsewhere."""
+    for name in PATHS:
+        value = environment.get(name, "")
+        if same_machine:
+            if value:
+                environment[name] = user_path(value, name)
+        elif name in FORWARDED and is_relative(value):
+            raise UserError(
+                f"{name} is {value!r}, a relative path, and the job runs on other machines. Give an absolute path there."
+            )
 
 
 def secrets_kept_back(environment: Mapping[str, str]) -> list[str]:

@@ -9,16 +9,18 @@ import torch
 
 import megacontext as mc
 from jobs import cli, environment
+from jobs.parser import Parser
+from jobs.user_paths import resolve_paths
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.model.gpt import GPT
 from megacontext.train.worker import choose_device
 
+PATH_FLAGS = ("checkpoint", "json", "docs", "haystack")  # of one evaluation or another
+
 
 def parser(about: str | None) -> argparse.ArgumentParser:
     """Flags of every evaluation: the checkpoint, the seed, where results go and where the model runs."""
-    made = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    made = Parser(about)
     add = made.add_argument
     add("--checkpoint", required=True, help="checkpoint, run folder or nanochat base directory; or a URI")
     add("--budget", type=int, default=0, help="most entries that the model is shown, W [default: its sequence length]")
@@ -59,4 +61,5 @@ def main(
     """Run an evaluation as a command: errors of the user are one line, and `.mc_env` is read."""
     cli.finish(environment.load)
     args = parse(argv)
+    cli.finish(lambda: resolve_paths(args, *(name for name in PATH_FLAGS if hasattr(args, name))))
     cli.finish(lambda: run(args))

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 _STEP = re.compile(r"step (\d+)/(\d+) \(")
 _RUN_DIR = re.compile(r"run folder: (.+)")
 _PROGRESS = re.compile(r"loss ")
+_OF_RAY = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\tINFO job_manager\.py")  # about the start of the job
 _BAR_CELLS = 20
 
 
@@ -45,6 +46,8 @@ class LogPrinter:
         self.out.flush()
 
     def _line(self, line: str) -> None:
+        if _OF_RAY.match(line):
+            return
         named = _RUN_DIR.fullmatch(line.strip())
         if named:
             self.run_dir = named.group(1)
@@ -75,7 +78,8 @@ class Follower:
     def __init__(self, address: str, job_id: str, printer: LogPrinter) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # its notes about sockets are not the job's log
+        for name in ("ray", "ray.dashboard.modules.job.sdk"):  # notes about sockets are not the job's log
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.client = JobSubmissionClient(address)
         self.job_id, self.printer = job_id, printer
         self._printed = 0  # characters of the log; a new stream starts at its beginning again

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import secrets
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,14 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.cluster import QUIET
+from jobs.cluster import QUIET, free_ports
+from jobs.patience import PATIENT, START_TIMEOUT_S
+from jobs.stopping import RAY_STOP_WAIT
 from megacontext.errors import UserError
 from megacontext.telemetry.provenance import ram_bytes
 
-START_TIMEOUT_S = 180.0
+# Arguments of Python for Ray's command line. The script `ray` names its Python in a way that not every path survives.
+RAY = ("-m", "ray.scripts.scripts")
 STOP_TIMEOUT_S = 40.0
 _ATTEMPTS = 2  # another process may take a port between our look and Ray's
 
@@ -42,6 +46,7 @@ class OneMachineCluster:
         # Below /tmp because paths of Unix sockets have at most 107 bytes; only we can enter it (Ray opens its own to all).
         self.folder = Path(tempfile.mkdtemp(prefix="mc-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
         self._token = secrets.token_hex(32)
+        self._python = _plain_python(self.folder)
         token_file = self.folder / "token"
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(self._token)
@@ -49,10 +54,11 @@ class OneMachineCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
+            RAY_STOP_WAIT: "120",  # for jobs that somebody submits here without our client
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is no other node that work could drain to
         }
         dropped = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
-        self.client_environment = QUIET | {k: v for k, v in self._base.items() if k not in dropped} | ours
+        self.client_environment = QUIET | PATIENT | {k: v for k, v in self._base.items() if k not in dropped} | ours
 
     def start(self) -> None:
         """Start the cluster and wait until its Jobs API answers. Raises UserError with the end of its log otherwise."""
@@ -68,7 +74,7 @@ class OneMachineCluster:
         ports = free_ports(4)
         self.address = f"http://127.0.0.1:{ports[1]}"
         command = [
-            ray_executable(), "start", "--head", "--block", "--disable-usage-stats",
+            self._python, *RAY, "start", "--head", "--block", "--disable-usage-stats",
             f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}",
             f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
             f"--temp-dir={self.folder}/r", f"--object-store-memory={object_store_bytes(ram_bytes())}",
@@ -76,7 +82,7 @@ class OneMachineCluster:
         if self._num_cpus:
             command.append(f"--num-cpus={self._num_cpus}")
         # The job's `python` must be the one that has the package.
-        path = os.pathsep.join([os.path.dirname(sys.executable), self._base.get("PATH", os.defpath)])
+        path = os.pathsep.join([os.path.dirname(self._python), self._base.get("PATH", os.defpath)])
         with open(self.folder / "head.log", "ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -132,29 +138,30 @@ class OneMachineCluster:
         self._process = None
 
 
-def ray_executable() -> str:
-    """The `ray` beside the running Python, else the one on PATH. Raises UserError when Ray is not installed."""
-    beside = os.path.join(os.path.dirname(sys.executable), "ray")
-    found = beside if os.access(beside, os.X_OK) else shutil.which("ray")
-    if found is None:
+def _plain_python(folder: Path) -> str:
+    """A path of the running Python that Ray can write into a shell line as it is: its own, or one through a link in `folder`.
+
+    Raises UserError when Ray is not installed, or lies below another folder whose path needs quoting.
+    """
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:
+        raise UserError("Ray is not installed in this environment; run `make install`, or pip install '.[ray]'.")
+    if all(shlex.quote(path) == path for path in (sys.executable, found.origin)):
+        return sys.executable
+    prefix = sys.prefix + os.sep
+    if not (sys.executable.startswith(prefix) and found.origin.startswith(prefix)):
         raise UserError(
-            "the `ray` command is not installed in this environment; run `make speedrun`, or pip install '.[ray]'."
+            f"Ray cannot start {sys.executable!r} with the packages of {os.path.dirname(found.origin)!r}: a path has a space or "
+            "a sign that a shell reads. Use the .venv that `make install` makes."
         )
-    return found
+    link = folder / "python"
+    link.symlink_to(sys.prefix)
+    return os.path.join(link, sys.executable.removeprefix(prefix))
 
 
 def object_store_bytes(ram: int) -> int:
     """A twentieth of memory, between 256 MiB and 8 GiB: the stream needs a few blocks, the model needs the rest."""
     return min(max(ram // 20, 256 * 2**20), 8 * 2**30)
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nothing listens on at the moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
 
 
 def _stat(pid: int) -> tuple[int, int, str] | None:

@@ -26,16 +26,22 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs import environment
+from jobs.address import VARIABLES, address_of, check_dashboard, client_settings
 from jobs.follow import Follower, LogPrinter
-from jobs.one_machine import OneMachineCluster, ray_executable
+from jobs.one_machine import RAY, OneMachineCluster
+from jobs.own_lines import lasting_lines
+from jobs.parser import Parser
+from jobs.user_paths import CALLER_DIR, user_path
 from megacontext import storage
+from megacontext.config import default_base_dir
 from megacontext.errors import MegaContextError, UserError
 from megacontext.telemetry import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 # Patterns as in .gitignore; the leading slash keeps megacontext/data in.
-EXCLUDES = ("/.git/", "/.venv/", "/venv/", "/data/", "/runs/", "/wandb/", "/build/", "/dist/", ".mc_env", "*.egg-info", "__pycache__", ".*_cache")  # fmt: skip
+EXCLUDES = ("/.git/", "/.venv/", "/venv/", "/data/", "/runs/", "/wandb/", "/build/", "/dist/", ".mc_env*", "*.egg-info", "__pycache__", ".*_cache")  # fmt: skip
 _SUBMIT_TIMEOUT_S = 300
+_SHOWN_LINES = 5  # of what Ray's client printed when it failed; what went wrong comes last
 _STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -59,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         used = environment.load()
         if used:
             say(f"settings from {used}")
-        return submit(args, Signals())
+        signals = Signals()
+        with lasting_lines():
+            return submit(args, signals)
     except MegaContextError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
@@ -67,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Flags before `--`, the job's command after it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--address", default="", help="URL of a Ray dashboard [default RAY_ADDRESS, else a cluster is started here]"
     )
@@ -85,21 +91,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def submit(args: argparse.Namespace, signals: Signals) -> int:
     """Find or start a cluster, run the job on it, clean up."""
-    address = args.address or os.environ.get("RAY_ADDRESS", "")
+    address = address_of(args.address, os.environ)
     if address:
+        environment.fix_paths(os.environ, same_machine=False)
+        settings = client_settings(os.environ)
+        check_dashboard(address, settings)
         kept = environment.secrets_kept_back(os.environ)
         if kept:
             say(
                 f"{', '.join(kept)}: set here, not sent, because Ray logs what it is sent. Set it on the cluster, or in ~/.mc_env there."
             )
-        return run_job(args, address, with_auth(os.environ), signals)
-    cluster = OneMachineCluster(os.environ, args.num_cpus or None)
+        return run_job(args, address, settings, environment.forwarded(settings), signals)
+    default_base_dir()  # a process without a home folder is told so before Ray is started
+    environment.fix_paths(os.environ, same_machine=True)
+    # The processes of this cluster inherit our variables; Ray would replace each $ in those that it is sent.
+    cluster = OneMachineCluster({**os.environ, CALLER_DIR: user_path(".", "the current folder")}, args.num_cpus or None)
     status = 1
     try:
         say(f"starting a one-machine Ray cluster in {cluster.folder}")
         cluster.start()
         say(f"Ray is up; dashboard {cluster.address} (this machine only)")
-        status = run_job(args, cluster.address, cluster.client_environment, signals)
+        status = run_job(args, cluster.address, cluster.client_environment, {}, signals)
     finally:
         failed = status != 0 and not signals.count
         say("ending the Ray cluster" + (f"; its logs stay in {cluster.folder}" if failed else ""))
@@ -107,25 +119,31 @@ def submit(args: argparse.Namespace, signals: Signals) -> int:
     return status
 
 
-def with_auth(base: Mapping[str, str]) -> dict[str, str]:
-    """Ray's client ignores a token unless the mode says so: turn it on when a token is there."""
-    has_token = (
-        base.get("RAY_AUTH_TOKEN") or base.get("RAY_AUTH_TOKEN_PATH") or (Path.home() / ".ray" / "auth_token").is_file()
-    )
-    return {**base, **({"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in base else {})}
+def run_job(
+    args: argparse.Namespace, address: str, env: Mapping[str, str], sent: Mapping[str, str], signals: Signals
+) -> int:
+    """Submit, follow, stop when asked, and report.
 
-
-def run_job(args: argparse.Namespace, address: str, env: Mapping[str, str], signals: Signals) -> int:
-    """Submit, follow, stop when asked, and report. env: the client's environment, with what authentication needs."""
+    env: the client's environment, with what authentication needs. sent: variables that the job gets beside those of every
+    job; Ray shows them to whoever may see the job.
+    """
     job_id = args.submission_id or job_name(args.command)
     if signals.count:
         return _STOPPED_BY[signal.Signals(signals.received[0])]
-    ray_submit(args.command, job_id, address, env)
+    ray_submit(args.command, job_id, address, env, sent)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
     os.environ.update(env)  # the Ray client reads its settings from here when it is first imported
-    follower = Follower(address, job_id, LogPrinter())
-    follower.start()
-    info = watch(follower, signals)
-    follower.finish()
+    try:
+        follower = Follower(address, job_id, LogPrinter())
+        follower.start()
+        info = watch(follower, signals)
+        follower.finish()
+    except (ConnectionError, RuntimeError, OSError) as error:  # the follower has waited and asked again
+        raise UserError(
+            f"the Ray cluster at {address} does not answer any more ({_first_line(error)}). "
+            "Where it still runs the job goes on; otherwise the same command continues from the newest checkpoint."
+        ) from None
     places(follower.printer, info.status, shlex.join(args.command), bool(signals.count))
     if info.status == "SUCCEEDED":
         return 0
@@ -134,9 +152,11 @@ def run_job(args: argparse.Namespace, address: str, env: Mapping[str, str], sign
     return int(info.driver_exit_code or 1)
 
 
-def ray_submit(command: Sequence[str], job_id: str, address: str, env: Mapping[str, str]) -> None:
+def ray_submit(
+    command: Sequence[str], job_id: str, address: str, env: Mapping[str, str], sent: Mapping[str, str]
+) -> None:
     """`ray job submit`, with the runtime environment in a file that only we can read. Raises UserError if refused."""
-    variables = environment.job_env_vars(env, provenance.source_revision())
+    variables = {**sent, **environment.job_env_vars(env, provenance.source_revision())}
     runtime_env = {"working_dir": str(ROOT), "excludes": list(EXCLUDES), "env_vars": variables}
     with tempfile.TemporaryDirectory(prefix="mc-submit-") as folder:
         file = Path(folder, "runtime_env.yaml")
@@ -145,12 +165,16 @@ def ray_submit(command: Sequence[str], job_id: str, address: str, env: Mapping[s
         line = ["job", "submit", "--address", address, "--working-dir", str(ROOT), "--submission-id", job_id,
                 "--runtime-env", str(file), "--no-wait", "--", *command]  # fmt: skip
         say("ray job submit --working-dir . -- " + shlex.join(command))
-        done = subprocess.run(
-            [ray_executable(), *line], env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=_SUBMIT_TIMEOUT_S,
-            start_new_session=True,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, *RAY, *line], env=dict(env), cwd=ROOT, capture_output=True, text=True,
+                timeout=_SUBMIT_TIMEOUT_S, start_new_session=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"`ray job submit` to {address} took more than {_SUBMIT_TIMEOUT_S} s. Check the network.") from None  # fmt: skip
     if done.returncode != 0:
-        output = provenance.redact((done.stdout + done.stderr).strip()[-3000:])
+        lines = provenance.redact((done.stdout + done.stderr).strip()).splitlines()
+        output = "\n".join(lines[-_SHOWN_LINES:])
         raise UserError(
             f"`ray job submit` to {address} failed:\n{output}\nCheck the address, RAY_AUTH_MODE and the token."
         )
@@ -194,6 +218,10 @@ def places(printer: LogPrinter, status: str, command: str, stopped_here: bool) -
         say("stopped; run the same command again to continue where it stopped")
     elif status == "FAILED":
         say("failed; its log is above. After a fix, the same command continues from the newest checkpoint")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def job_name(command: Sequence[str]) -> str:

@@ -6,18 +6,22 @@ an fsync and a rename; object stores publish an object only when its upload has 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from megacontext.errors import StorageError
+from megacontext.errors import StorageError, UserError
 
 
 def is_local(path: str) -> bool:
@@ -26,8 +30,25 @@ def is_local(path: str) -> bool:
 
 
 def local_path(path: str) -> Path:
-    """The plain path behind a local path or `file://` URI."""
-    return Path(path.split("://", 1)[1] if "://" in path else path).expanduser()
+    """The plain path behind a local path or `file://` URI. Raises StorageError for `~` where no home folder is known."""
+    plain = Path(path.split("://", 1)[1] if "://" in path else path)
+    try:
+        return plain.expanduser()
+    except RuntimeError:
+        raise StorageError(
+            f"{path!r} begins at a home folder that is not known. Set HOME, or give an absolute path."
+        ) from None
+
+
+def local_folder(path: str) -> Path:
+    """The plain path of a local folder. Raises UserError for a path that no file system can hold."""
+    try:
+        os.fsencode(path)
+        if "\0" in path:
+            raise ValueError("it contains a NUL character")
+    except ValueError as error:
+        raise UserError(f"{path!r} cannot be a folder: {error}. Choose another path.") from error
+    return local_path(path)
 
 
 def join(base: str, *parts: str) -> str:
@@ -86,10 +107,15 @@ def list_dir(path: str) -> list[str]:
 
 
 def remove_tree(path: str) -> None:
-    """Delete a file or folder with all it holds; nothing happens if it is absent."""
+    """Delete a file or folder with all it holds; nothing happens if it is absent. Raises StorageError if it stays."""
     fs, inner = filesystem(path)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+    try:
+        if fs.exists(inner):
+            fs.rm(inner, recursive=True)
+    except FileNotFoundError:
+        return  # another process was faster
+    except OSError as error:
+        raise StorageError(f"cannot delete {path!r}: {error}. {remedy(error)}") from error
 
 
 def open_file(path: str, mode: str = "rb") -> IO[Any]:
@@ -100,13 +126,16 @@ def open_file(path: str, mode: str = "rb") -> IO[Any]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(f"cannot open {path!r}: {error}.") from error
+        raise StorageError(f"cannot open {path!r}: {error}. {remedy(error)}") from error
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content of a file. FileNotFoundError if it is absent."""
+    """The whole content of a file. FileNotFoundError if it is absent, StorageError if it cannot be read."""
     with open_file(path) as file:
-        return bytes(file.read())
+        try:
+            return bytes(file.read())
+        except OSError as error:
+            raise StorageError(f"cannot read {path!r}: {error}. {remedy(error)}") from error
 
 
 def read_json(path: str) -> Any:
@@ -135,19 +164,44 @@ def write_bytes(path: str, data: bytes) -> None:
         os.replace(temporary, target)
         sync_dir(target.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {str(target)!r}: {error}. Free space or choose another --storage.") from error
+        with contextlib.suppress(OSError):  # where nothing could be written, nothing can be removed either
+            temporary.unlink()
+        raise StorageError(f"cannot write {str(target)!r}: {error}. {remedy(error)}") from error
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Write JSON atomically, indented, keys in the order given. A number that is not finite becomes null."""
+    write_bytes(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in place of each NaN and infinity: JSON has no word for them, and strict readers refuse them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def file_size(path: str) -> int:
-    """Size of a file in bytes. FileNotFoundError if it is absent."""
+    """Size of a file in bytes. FileNotFoundError if it is absent, StorageError if the store does not say."""
     fs, inner = filesystem(path)
-    return int(fs.size(inner))
+    try:
+        return int(fs.size(inner))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot read the size of {path!r}: {error}. {remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a write or a read that failed, as a sentence."""
+    place = "choose another place: --storage for runs, NANOCHAT_BASE_DIR for all"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"Free space, or {place}; then run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"Give this user the right to read and write there, or {place}."
+    return f"Check the path, the disk and the network, or {place}."
 
 
 def sync_dir(path: Path) -> None:
@@ -160,11 +214,14 @@ def sync_dir(path: Path) -> None:
 
 
 def sha256_file(path: str) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content. FileNotFoundError if it is absent, StorageError if it cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+        try:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        except OSError as error:
+            raise StorageError(f"cannot read {path!r}: {error}. {remedy(error)}") from error
     return digest.hexdigest()
 
 

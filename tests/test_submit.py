@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import random
 import shutil
 import signal
 import stat
@@ -13,10 +15,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import plain_shell
 import pytest
+from patience import PATIENCE_S
+from test_stopping import LONG, MOMENTS, check_saved, wait_for_steps
+from tiny import make_task
 
 from jobs import environment, one_machine, submit
+from jobs.cluster import python_for_ray
 from jobs.follow import LogPrinter, progress_bar
+from jobs.stopping import RAY_STOP_WAIT
 from megacontext.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,11 +36,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def client(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def client(
+    *arguments: str, env: dict[str, str] | None = None, python: str = sys.executable, folder: Path = ROOT
+) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_"))}
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "jobs.submit", *arguments],
-        cwd=ROOT, env={**clean, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [python, "-u", str(ROOT / "jobs" / "submit.py"), *arguments],
+        cwd=folder, env={**clean, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -69,7 +79,7 @@ def test_a_job_runs_with_our_python_and_settings_and_no_secret_is_written(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     process = client("--address", cluster.address, "--", "python", str(script), "--a b", "$HOME", env=settings)
-    output, _ = process.communicate(timeout=150)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 7, output
     assert f"python {os.path.dirname(sys.executable)}" in output
     assert "arguments ['--a b', '$HOME']" in output
@@ -87,16 +97,23 @@ def test_a_job_runs_with_our_python_and_settings_and_no_secret_is_written(
 def test_a_signal_stops_the_job_after_its_checkpoint_and_ends_only_our_cluster(
     cluster: one_machine.OneMachineCluster, tmp_path: Path
 ) -> None:
-    script = tmp_path / "train.py"
+    """And the whole of it from a folder whose name a shell would read, with a relative path that means this folder."""
+    folder = tmp_path / "it's $HOME & é"
+    folder.mkdir()
+    (folder / ".venv").symlink_to(sys.prefix)
+    script = folder / "train.py"
     script.write_text(  # a driver whose checkpoint takes longer than the 3 s after which Ray kills by default
         "import pathlib, signal, sys, time\n"
+        "from jobs.user_paths import user_path\n"
+        "path = user_path(sys.argv[1], '--storage')\n"
         "def save(*_):\n"
-        "    print('saving', flush=True); time.sleep(5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit(0)\n"
+        "    print('saving', flush=True); time.sleep(5); pathlib.Path(path).write_text('saved'); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "print('ready', flush=True)\n"
         "time.sleep(300)\n"
     )
-    process = client("--", "python", str(script), str(tmp_path / "checkpoint"))
+    python = str(folder / ".venv" / Path(sys.executable).relative_to(sys.prefix))
+    process = client("--", "python", str(script), "checkpoint", python=python, folder=folder)
     seen = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -107,14 +124,72 @@ def test_a_signal_stops_the_job_after_its_checkpoint_and_ends_only_our_cluster(
     below = one_machine.descendants(process.pid)
     seen += list(process.stdout)
     output = "".join(seen)
-    assert process.wait(timeout=120) == 130, output
-    assert (tmp_path / "checkpoint").read_text() == "saved", output
+    assert process.wait(timeout=PATIENCE_S) == 130, output
+    assert (folder / "checkpoint").read_text() == "saved", output
     assert "run the same command again to continue" in output
     assert len(below) > 5
     assert not one_machine.alive(below)
-    folder = next(line.split()[-1] for line in output.splitlines() if "one-machine Ray cluster in" in line)
-    assert not Path(folder).exists()
+    of_ray = next(line.split()[-1] for line in output.splitlines() if "one-machine Ray cluster in" in line)
+    assert not Path(of_ray).exists()
+    assert Path(python).exists()
     assert cluster._answers()  # the other cluster on this machine was left alone
+
+
+@pytest.mark.ray
+def test_ray_job_stop_of_a_plain_submission_ends_with_a_checkpoint(
+    cluster: one_machine.OneMachineCluster, tmp_path: Path
+) -> None:
+    """Submitted with Ray's own client and an empty wait time: the job gives itself one, else Ray would fail to read it."""
+    ray = [sys.executable, *one_machine.RAY, "job"]
+    env = {**cluster.client_environment, "RAY_ADDRESS": cluster.address}
+    unset = json.dumps({"env_vars": {RAY_STOP_WAIT: ""}})
+    dice = random.Random(0)
+    for moment in range(MOMENTS):
+        run_dir, job = tmp_path / f"run{moment}", f"stop-{moment}"
+        make_task(tmp_path, run_dir.name)
+        line = ["python", str(ROOT / "tests" / "stop_tiny.py"), str(tmp_path), run_dir.name, "ray", *LONG]
+        submitted = [*ray, "submit", "--working-dir", str(ROOT), "--no-wait", "--submission-id", job,
+                     "--runtime-env-json", unset, "--", *line]  # fmt: skip
+        subprocess.run(submitted, env=env, check=True, capture_output=True)
+        begun = wait_for_steps(run_dir, dice.randrange(1, 60), lambda: None)
+        stopped = subprocess.run([*ray, "stop", job], env=env, check=True, capture_output=True, text=True, timeout=240)
+        assert f"Job '{job}' was stopped" in stopped.stdout + stopped.stderr
+        logs = subprocess.run([*ray, "logs", job], env=env, capture_output=True, text=True, check=True)
+        check_saved(run_dir, begun, logs.stdout + logs.stderr)
+        assert "kills this job after" not in logs.stdout + logs.stderr
+        print(f"ray job stop after {begun} steps: a checkpoint")
+
+
+@pytest.mark.ray
+def test_rays_own_client_submits_as_in_the_readme_and_relative_paths_are_refused(
+    cluster: one_machine.OneMachineCluster, tmp_path: Path
+) -> None:
+    settings = {key: value for key, value in cluster.client_environment.items() if key.startswith("RAY_AUTH")}
+    done = plain_shell.run(
+        ".venv/bin/ray job submit --working-dir . -- python jobs/speedrun.py --storage out",
+        plain_shell.checkout(tmp_path, links=False), RAY_ADDRESS=cluster.address, NANOCHAT_BASE_DIR=str(tmp_path), **settings,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "--storage is 'out', a relative path, and this job runs in a temporary folder of Ray" in done.stdout
+    assert "Give an absolute path or a URI." in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a b", "a&b", "é", "(a)", "$HOME", "it's mine"])
+def test_ray_gets_a_path_of_python_that_a_shell_can_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"/folder/{name}/.venv/bin/python"
+    monkeypatch.setattr(sys, "executable", path)
+    (quoted,) = python_for_ray().values()
+    shown = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True)
+    assert shown.stdout == path
+
+
+@pytest.mark.parametrize("name", ["it's", "a\\b", "a\\ b"])
+def test_a_path_that_ray_would_take_apart_is_refused_before_it_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", f"/folder/{name}/.venv/bin/python")
+    with pytest.raises(UserError, match=r"Ray cannot start from .* Move the checkout to another folder"):
+        python_for_ray()
 
 
 @pytest.mark.ray
@@ -125,7 +200,7 @@ def test_the_cluster_asks_for_its_token(cluster: one_machine.OneMachineCluster) 
     assert stat.S_IMODE((cluster.folder / "token").stat().st_mode) == 0o600
     assert stat.S_IMODE(cluster.folder.stat().st_mode) == 0o700
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=20)
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=PATIENCE_S)
 
 
 @pytest.mark.ray
@@ -142,7 +217,7 @@ def test_a_cluster_ends_when_its_client_is_killed(tmp_path: Path) -> None:
     below = one_machine.descendants(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while one_machine.alive(below) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert len(below) > 3
@@ -150,13 +225,16 @@ def test_a_cluster_ends_when_its_client_is_killed(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-def test_an_address_that_does_not_answer_is_named() -> None:
+def test_an_address_that_does_not_answer_is_named_in_a_line() -> None:
     port = one_machine.free_ports(1)[0]
-    process = client("--address", f"http://127.0.0.1:{port}", "--", "python", "x.py", env={"RAY_AUTH_MODE": "disabled"})
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert f"`ray job submit` to http://127.0.0.1:{port} failed" in output
-    assert "Check the address" in output
+    for arguments, env in (
+        (["--address", f"http://127.0.0.1:{port}"], {}),
+        ([], {"RAY_ADDRESS": f"http://127.0.0.1:{port}"}),
+    ):
+        output, _ = (process := client(*arguments, "--", "python", "x.py", env=env)).communicate(timeout=PATIENCE_S)
+        assert process.returncode == 1
+        assert output.startswith(f"UserError: no Ray dashboard answers at http://127.0.0.1:{port} (Connection refused)")
+        assert len(output.splitlines()) == 1
 
 
 def test_an_unknown_flag_and_a_missing_command_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +242,7 @@ def test_an_unknown_flag_and_a_missing_command_are_refused(capsys: pytest.Captur
         with pytest.raises(SystemExit) as caught:
             submit.parse(argv)
         assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert "did you mean --address?" in capsys.readouterr().err
     assert submit.parse(["--", "python", "x.py", "--run", "a", "--", "b"]).command == [
         "python",
         "x.py",
@@ -214,30 +292,12 @@ def test_excludes_keep_the_library_in() -> None:
         ".venv/bin/python",
         "data/x",
         ".mc_env",
+        ".mc_env.before",
         "jobs/__pycache__/a.pyc",
         ".mypy_cache/x",
         "runs/a",
     ):
         assert rules.match_file(out), out
-
-
-def test_env_file_is_read_and_does_not_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / ".mc_env"
-    file.write_text("# settings\nWANDB_API_KEY=abc\nexport HF_TOKEN='d e'  # note\nMC_OTEL_ENDPOINT=\n\nWANDB_RUN=r\n")
-    monkeypatch.setenv("MEGACONTEXT_ENV_FILE", str(file))
-    file.chmod(0o644)
-    with pytest.raises(UserError, match="chmod 600"):
-        environment.load({})
-    file.chmod(0o600)
-    settings = {"WANDB_RUN": "mine"}
-    assert environment.load(settings) == file
-    assert settings == {"WANDB_RUN": "mine", "WANDB_API_KEY": "abc", "HF_TOKEN": "d e"}
-
-
-@pytest.mark.parametrize("line", ["NAME", "A=b c", "A='b", "1A=b"])
-def test_a_bad_line_of_an_env_file_is_named(line: str) -> None:
-    with pytest.raises(UserError, match="line 2 of"):
-        environment.parse_env_file(f"A=b\n{line}\n")
 
 
 def test_secrets_are_never_sent() -> None:
@@ -248,6 +308,6 @@ def test_secrets_are_never_sent() -> None:
         "WANDB_PROJECT": "p",
         "HOME": "/x",
     }
-    sent = environment.job_env_vars(base, "rev")
-    assert sent == {"WANDB_PROJECT": "p", "RAY_JOB_STOP_WAIT_TIME_S": "120", "MEGACONTEXT_REVISION": "rev"}
+    assert environment.forwarded(base) == {"WANDB_PROJECT": "p"}
+    assert environment.job_env_vars(base, "rev") == {"RAY_JOB_STOP_WAIT_TIME_S": "120", "MEGACONTEXT_REVISION": "rev"}
     assert environment.secrets_kept_back(base) == ["WANDB_API_KEY", "HF_TOKEN"]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import math
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +21,8 @@ from hypothesis import strategies as st
 
 from megacontext import storage
 from megacontext.errors import StorageError, UserError
-from megacontext.telemetry import metrics_file, provenance
+from megacontext.telemetry import metrics_file, provenance, wandb_run
+from megacontext.telemetry import tracker as tracker_module
 from megacontext.telemetry.metrics_file import read_metrics
 from megacontext.telemetry.tracker import Tracker, format_metrics, format_step, resolve_wandb_mode
 
@@ -24,7 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _no_wandb_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN", "WANDB_PROJECT", "MEGACONTEXT_ENABLE_WANDB"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_RUN",
+        "WANDB_PROJECT",
+        "MEGACONTEXT_ENABLE_WANDB",
+        "WANDB_BASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -160,6 +174,41 @@ def test_lines_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert shown[-1].endswith("val_bpb 2.0000")
 
 
+def test_every_training_line_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(str(tmp_path), "r", {}, "off")
+    tracker.open(total_steps=60)
+    for step, seconds in ((1, 90.0), (2, 30.0), (3, 30.0)):  # the first also compiles
+        tracker.log({"train/loss": 1.0, "train/dt": seconds}, step)
+    tracker.log({"val/bpb": 2.0}, 3)
+    for step in range(4, 61):  # the machine is idle again
+        tracker.log({"train/loss": 1.0, "train/dt": 3.0}, step)
+    tracker.finish()
+    shown = [line.partition(" left ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [shown[0], shown[1], shown[2], shown[3]] == ["88.5 min", "58.0 min", "28.5 min", ""]
+    assert (shown[4], shown[5], shown[8]) == ("28.0 min", "27.5 min", "2.6 min")
+    assert shown[-1] == "0.0 min"
+    assert "left" not in "".join((tmp_path / "metrics.jsonl").read_text())
+
+
+def test_slow_steps_are_printed_whatever_log_every_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(tracker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    tracker = Tracker(str(tmp_path), "r", {}, "off", log_every=10)
+    tracker.open(total_steps=100)
+    for step in range(1, 8):
+        now[0] += 20
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.finish()
+    assert [line.split()[1][:5] for line in capsys.readouterr().out.splitlines()] == [
+        "00001",
+        "00003",
+        "00005",
+        "00007",
+    ]
+
+
 def test_a_terminal_gets_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,14 +261,99 @@ def test_wandb_offline_records_everything_but_secrets(tmp_path: Path, monkeypatc
     tracker.open(total_steps=3)
     for step in (1, 2, 3):
         tracker.log({"train/loss": 1.0 / step}, step)
-    assert tracker._wandb.id == "mine-base"
-    assert tracker._wandb.config["train"]["matrix_lr"] == 0.02
+    assert tracker._wandb is not None
+    assert tracker._wandb._run.id == "mine-base"
+    assert tracker._wandb._run.config["train"]["matrix_lr"] == 0.02
     tracker.finish()
     files = [path for path in (tmp_path / "run" / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" and path.stat().st_size > 500 for path in files)
     for path in [*files, tmp_path / "run" / "metrics.jsonl"]:
         assert secret.encode() not in path.read_bytes(), path
     assert [r["train/loss"] for r in read_metrics(str(tmp_path / "run"))] == [1.0, 0.5, 1.0 / 3]
+
+
+class RefusingHandler(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 401, as W&B does for a key that it does not know."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["closed port", "silence", "wrong key"])
+def bad_wandb(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What a W&B server that is of no use says, in our words; the environment names the server."""
+    import wandb
+
+    wandb.teardown()  # the settings of tests before
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_run, "REACH_S", 0.5)
+    with contextlib.ExitStack() as stack:
+        if request.param == "wrong key":
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingHandler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            port = server.server_port
+        else:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            port = listening.getsockname()[1]
+            if request.param == "closed port":
+                listening.close()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        yield {"closed port": "Connection refused", "silence": "0.5 s", "wrong key": "401"}[request.param]
+
+
+def test_training_starts_without_a_wandb_that_answers(
+    bad_wandb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record_one() -> None:
+        tracker = Tracker(str(tmp_path), "mine", {}, "auto")
+        tracker.open(total_steps=1)
+        tracker.log({"train/loss": 1.0}, 1)
+        tracker.finish()
+
+    record_one()
+    said = capsys.readouterr().out
+    assert "W&B cannot start online" in said
+    assert bad_wandb in said
+    assert "recording offline in" in said
+    assert "0" * 40 not in said
+    assert [r["train/loss"] for r in read_metrics(str(tmp_path))] == [1.0]
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*/run-mine-base.wandb")
+    assert offline.stat().st_size > 200
+    monkeypatch.setenv("MEGACONTEXT_ENABLE_WANDB", "1")
+    with pytest.raises(UserError, match="cannot start W&B online") as caught:
+        record_one()
+    assert bad_wandb in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_wandb_that_fails_later_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Dead:
+        starting_step = 0
+
+        def log(self, *arguments: object, **more: object) -> None:
+            raise ConnectionResetError("Connection lost")
+
+        finish = log
+
+    for at_once in (True, False):
+        tracker = Tracker(str(tmp_path), "mine", {}, "off")
+        tracker.open()
+        tracker._wandb = wandb_run.WandbRun(Dead(), str(tmp_path))
+        for step in (1, 2) if at_once else ():
+            tracker.log({"train/loss": 1.0}, step)
+        tracker.finish()
+        said = capsys.readouterr().out
+        assert said.count("W&B failed (Connection lost)") == 1
+    assert "`wandb sync`" in said
 
 
 def test_redact_removes_values_of_secret_variables_and_passwords_in_uris(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
-import tempfile
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from megacontext import storage
 from megacontext.errors import UserError
+from megacontext.telemetry import wandb_run
 from megacontext.telemetry.metrics_file import Sink, json_number, open_sink
 from megacontext.telemetry.provenance import redact
 
-WANDB_PROJECT = "megacontext"
+_RECENT_STEPS = 50  # whose median time says how long the rest takes
+_SILENT_S = 30.0  # after so long a step is printed, whatever log_every says
 
 # metric -> (label, format) of the line for people; other metrics are in metrics.jsonl and W&B only
 _SHOWN: Mapping[str, tuple[str, str]] = {
@@ -58,8 +61,10 @@ class Tracker:
         self.upload_every_s = upload_every_s
         self.total_steps: int | None = None
         self._bar: Any = None
-        self._wandb: Any = None
+        self._wandb: wandb_run.WandbRun | None = None
         self._sink: Sink | None = None
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._printed_at = 0.0
 
     def open(self, resume_step: int = 0, total_steps: int | None = None) -> None:
         """Start recording; records of this stage with `step >= resume_step` are dropped first.
@@ -72,13 +77,13 @@ class Tracker:
         """
         if not self.enabled:
             return
-        self.total_steps = total_steps
+        self.total_steps, self._printed_at = total_steps, time.monotonic()
         mode = resolve_wandb_mode(self.wandb_mode, os.environ)
         first = 0 if resume_step <= 1 else resume_step
         self._sink = open_sink(self.run_dir, self.stage, first, self.upload_every_s)
         if mode != "off":
-            config, strict = redact(self.config), self.wandb_mode == "online"
-            self._wandb = _start_wandb(self.run_dir, self.run_name, config, mode, self.stage, strict)
+            demanded = self.wandb_mode in ("online", "offline") or os.environ.get("MEGACONTEXT_ENABLE_WANDB") == "1"
+            self._wandb = wandb_run.start(self.run_dir, self.run_name, redact(self.config), mode, self.stage, demanded)
         if total_steps is not None and sys.stdout.isatty():
             from tqdm import tqdm
 
@@ -95,10 +100,14 @@ class Tracker:
             return
         values = {name: json_number(value) for name, value in metrics.items()}
         self._sink.append(json.dumps({"step": step, "stage": self.stage, **values}, allow_nan=False))
-        if self._wandb is not None and step >= self._wandb.starting_step:
-            # Steps below that were uploaded before the resume: training repeats them exactly.
-            self._wandb.log(dict(metrics), step=step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step)
         self._show(metrics, step)
+
+    def sync(self) -> None:
+        """Make the records so far survive a power cut, so that a checkpoint never has a hole in the curve before it."""
+        if self._sink is not None:
+            self._sink.sync()
 
     def log_text(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Print named texts of a step, such as samples (prompt, continuation)."""
@@ -118,10 +127,22 @@ class Tracker:
         if self._bar is not None:
             self._bar.update(max(0, step - self._bar.n))
             self._bar.set_postfix_str(format_metrics(metrics), refresh=False)
-        elif "train/loss" not in metrics or step % self.log_every == 0 or step in (1, self.total_steps):
+            return
+        if "train/dt" in metrics:
+            self._recent.append(float(metrics["train/dt"]))
+        due = step % self.log_every == 0 or step in (1, self.total_steps)
+        if due or "train/loss" not in metrics or time.monotonic() - self._printed_at > _SILENT_S:
             line = format_metrics(metrics)
             if line:
-                print(f"{format_step(step, self.total_steps)} {line}", flush=True)
+                self._printed_at = time.monotonic()
+                left = self._time_left(step) if "train/loss" in metrics else ""
+                print(f"{format_step(step, self.total_steps)} {line}{left}", flush=True)
+
+    def _time_left(self, step: int) -> str:
+        """` left 3.2 min`: the steps to come at the median time of the recent ones; empty when the end is unknown."""
+        if not self.total_steps or not self._recent:
+            return ""
+        return f" left {max(0, self.total_steps - step) * statistics.median(self._recent) / 60:.1f} min"
 
     def finish(self, exit_code: int = 0) -> None:
         """Flush and close everything; safe to call twice. Raises StorageError if a remote upload still fails."""
@@ -129,7 +150,7 @@ class Tracker:
             self._bar.close()
             self._bar = None
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            self._wandb.finish(exit_code)
             self._wandb = None
         if self._sink is not None:
             sink, self._sink = self._sink, None
@@ -186,35 +207,3 @@ def resolve_wandb_mode(mode: str, environment: Mapping[str, str]) -> str:
             "Set WANDB_API_KEY (environment or .mc_env) and --wandb online, or unset MEGACONTEXT_ENABLE_WANDB."
         )
     return resolved
-
-
-def _start_wandb(run_dir: str, run_name: str, config: dict[str, Any], mode: str, stage: str, strict: bool) -> Any:
-    """A W&B run of the real client: one per stage, grouped by run name, continued by a resumed run."""
-    import wandb
-
-    folder = str(storage.local_path(run_dir)) if storage.is_local(run_dir) else tempfile.mkdtemp(prefix="mc-wandb-")
-    os.makedirs(folder, exist_ok=True)
-    name = os.environ.get("WANDB_RUN") or run_name
-    # No console, git or code capture: those could carry secrets, and the revision is in the config.
-    settings = wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False, silent=True)
-    identity = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{name}-{stage}")[:128]
-
-    def start(how: Any) -> Any:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT), id=identity, name=name, group=name, job_type=stage,
-            dir=folder, config=config, resume="allow", mode=how, settings=settings, reinit="finish_previous",
-        )  # fmt: skip
-
-    try:
-        return start(mode)
-    except wandb.errors.Error as error:
-        demanded = strict or os.environ.get("MEGACONTEXT_ENABLE_WANDB") == "1"
-        if mode != "online" or demanded:
-            raise UserError(
-                f"cannot start W&B {mode}: {redact(str(error))}. Check WANDB_API_KEY and the network, or use --wandb offline."
-            ) from error
-        print(
-            f"W&B cannot be reached ({redact(str(error))}); recording offline in {folder}/wandb, upload later with `wandb sync`.",
-            flush=True,
-        )
-        return start("offline")
