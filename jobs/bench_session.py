@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import megacontext as mc
+from jobs.user_paths import user_path
 from megacontext import precision
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     if args.checkpoint:
-        model, tokenizer = mc.load(args.checkpoint)
+        model, tokenizer = mc.load(user_path(args.checkpoint, "--checkpoint"))
     else:
         tokenizer = Tokenizer.train([__doc__ or ""] * 4, 300)
         shape = GPTConfig.from_depth(

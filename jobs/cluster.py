@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import shlex
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from jobs.address import joining
+from jobs.patience import PATIENT, wait_for_own_node
+from jobs.stopping import ask_ray_to_wait, start_kept
 from megacontext.config import RunConfig
 from megacontext.errors import UserError
 
@@ -17,6 +27,16 @@ QUIET = {
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_raylet_report_loads_period_milliseconds": "1000",
     "RAY_metrics_report_interval_ms": "60000",
+}
+# Settings of the driver, which Ray reads when it is first imported.
+DRIVER_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # An actor that asks for coming node losses; a lost node is met by a restart from the newest checkpoint anyway.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would show every printed line twice
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DATA_LOG_LEVEL": "WARNING",
 }
 
 
@@ -37,31 +57,86 @@ class WorkerResources:
             "OMP_NUM_THREADS": str(self.threads),
             "GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"],
             "TORCHINDUCTOR_CACHE_DIR": cache,
+            "RAY_DATA_LOG_LEVEL": os.environ.get("RAY_DATA_LOG_LEVEL", "WARNING"),
         }
 
 
 def start_ray() -> None:
-    """Join the cluster this job was submitted to (or `RAY_ADDRESS`), else start a one-machine cluster for this process."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    # An actor that asks for coming node losses; a lost node is met by a restart from the newest checkpoint anyway.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it would show every printed line twice
+    """Join the cluster this job was submitted to (or `RAY_ADDRESS`), else start a one-machine cluster for this process.
+
+    The handlers of stop signals that the process has installed stay in force. Every process of the job knows the
+    cluster's address: Ray's helpers look for it, and on a machine with several clusters would ask another one.
+    """
+    for name, value in (PATIENT | DRIVER_SETTINGS).items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
-        return
+    context = start_kept(_join if os.environ.get("RAY_ADDRESS") else _start_one_machine)
+    ask_ray_to_wait()
+    print(f"Ray's own logs: {os.path.join(context.address_info['session_dir'], 'logs')}", flush=True)
+
+
+def _join() -> Any:
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    with joining(address):
+        return ray.init(logging_level="WARNING", runtime_env={"env_vars": {"RAY_ADDRESS": address}})
+
+
+def _start_one_machine() -> Any:
+    """`ray.init` of a new cluster. Its processes inherit PYTHONPATH: in a runtime environment Ray would replace a `$`."""
+    import ray
+
+    of_python = python_for_ray()
+    port = free_ports(1)[0]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
     os.environ.update(QUIET | os.environ)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=512 * 2**20,
-        logging_level="WARNING",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    wait_for_own_node()
+    try:
+        return ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=512 * 2**20,
+            logging_level="WARNING",
+            runtime_env={**of_python, "env_vars": {"RAY_ADDRESS": address}},
+        )
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that nothing listens on at the moment."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+
+
+def python_for_ray() -> dict[str, str]:
+    """Settings of a runtime environment with which Ray's processes start where the path of Python has spaces or `&`.
+
+    Ray writes that path into a shell line as it is, so it gets a quoted one. Raises UserError for the paths that no
+    quoting helps: Ray takes its command lines apart itself, and their quotes and backslashes get lost.
+    """
+    packages = importlib.util.find_spec("ray")
+    for path in (sys.executable, (packages and packages.origin) or ""):
+        try:
+            arrives = shlex.split(subprocess.list2cmdline([path])) == [path]
+        except ValueError:
+            arrives = False
+        if not arrives or "\\" in path:
+            raise UserError(
+                f"Ray cannot start from {path!r}: a quote or a backslash is in this path. "
+                "Move the checkout to another folder and run `make install` there."
+            )
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def worker_resources(run: RunConfig) -> WorkerResources:

@@ -6,25 +6,31 @@ So Ray Train keeps no checkpoint state that could be damaged, and a run resumes 
 
 from __future__ import annotations
 
-import signal
-import threading
+import hashlib
+import os
+import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from jobs.cli import Args, flat_config
 from jobs.cluster import WorkerResources, start_ray, worker_resources
+from jobs.stopping import StopSignals, handled, warn_of_short_stop
 from megacontext import storage
+from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.data.stream import BatchPlan
-from megacontext.errors import MegaContextError, UserError
+from megacontext.errors import CheckpointError, MegaContextError, UserError
 from megacontext.telemetry.tracker import Tracker
-from megacontext.train.checkpoint import latest_checkpoint, read_meta
 from megacontext.train.loop import train
-from megacontext.train.setup import known_horizon, measure_horizon
+from megacontext.train.resume import check_start, checkpoints_dir, newest_to_resume
+from megacontext.train.setup import choose_sizes, known_batch, known_horizon, with_batch
 from megacontext.train.task import TrainTask
 from megacontext.train.worker import LocalWorker, choose_device, prepare_process, stop_file
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 
 def run_training(task: TrainTask, args: Args) -> dict[str, Any]:
@@ -34,30 +40,13 @@ def run_training(task: TrainTask, args: Args) -> dict[str, Any]:
     workers crashed more than `--max_failures` times.
     """
     storage.makedirs(task.run_dir)
-    storage.remove_tree(stop_file(task.run_dir))
-    with stop_on_signal(task.run_dir):
+    check_start(task)
+    if int(os.environ.get("RANK", "0")) == 0:  # rank 0 alone reads the file; a later process must not delete a new one
+        storage.remove_tree(stop_file(task.run_dir))
+    with handled() as stop:
         if args.run.launcher == "local":
-            return _run_here(task, args)
-        return _run_on_ray(task, args)
-
-
-@contextmanager
-def stop_on_signal(run_dir: str) -> Iterator[None]:
-    """SIGTERM or Ctrl-C asks the workers to save and end, instead of ending this process."""
-
-    def ask(signum: int, frame: Any) -> None:
-        print(f"{signal.Signals(signum).name}: writing a checkpoint, then stopping", flush=True)
-        storage.write_bytes(stop_file(run_dir), b"")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals; its owner then writes the stop file
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            return _run_here(task, args, stop)
+        return _run_on_ray(task, args, stop)
 
 
 def tracker_settings(task: TrainTask, args: Args) -> dict[str, Any]:
@@ -72,38 +61,76 @@ def tracker_settings(task: TrainTask, args: Args) -> dict[str, Any]:
     }
 
 
-def _run_here(task: TrainTask, args: Args) -> dict[str, Any]:
+def _run_here(task: TrainTask, args: Args, stop: StopSignals) -> dict[str, Any]:
     if task.train.stream == "ray":
         raise UserError("--stream ray needs --launcher ray; use --stream mmap (or auto) with --launcher local.")
-    worker = LocalWorker.start(task.run_dir, args.run.device)
+    worker = _WatchedWorker.start(task.run_dir, args.run.device)
     prepare_process(args.run.cpus_per_worker)
-    return asdict(train(task, worker, Tracker(**tracker_settings(task, args), enabled=worker.rank == 0)))
+    warn_of_short_stop()
+    with ExitStack() as steps:
+
+        def begin() -> None:
+            steps.enter_context(stop.saving(task.run_dir))
+
+        if worker.world_size == 1:
+            worker.before_steps = begin  # a signal while data are opened and steps are timed ends the job at once
+        else:
+            begin()
+        return asdict(train(task, worker, Tracker(**tracker_settings(task, args), enabled=worker.rank == 0)))
 
 
-def _run_on_ray(task: TrainTask, args: Args) -> dict[str, Any]:
-    import ray
+@dataclass
+class _WatchedWorker(LocalWorker):
+    """A worker without Ray that calls `before_steps` once, before the first step."""
 
+    before_steps: Callable[[], None] | None = None
+
+    def stop_requested(self) -> bool:
+        begin, self.before_steps = self.before_steps, None
+        if begin is not None:
+            begin()
+        return super().stop_requested()
+
+
+def _run_on_ray(task: TrainTask, args: Args, stop: StopSignals) -> dict[str, Any]:
+    began = time.time()
     start_ray()
     workers = worker_resources(args.run)
     check_world(task, workers.count)
     stream = "ray" if task.train.stream == "auto" else task.train.stream
+    sizes = sizes_on_cluster(task, workers, began)
+    with stop.saving(task.run_dir):
+        return _fit_with_restarts(task, args, workers, stream, sizes, stop)
+
+
+def _fit_with_restarts(
+    task: TrainTask, args: Args, workers: WorkerResources, stream: str, sizes: tuple[int, int], stop: StopSignals
+) -> dict[str, Any]:
+    import ray
+
     failures = 0
     while True:
         try:
-            return _fit(task, args, workers, stream, failures)
+            trainer = _trainer(task, args, workers, stream, sizes, failures)
+            # fit() in the main thread would install Ray's own Ctrl-C handler, which ends a run without a checkpoint.
+            result: dict[str, Any] = stop.beside(trainer.fit).return_value
+            return result
         except Exception as error:
             cause = _training_failure(error)
             if cause is None:
                 raise
             if isinstance(cause, MegaContextError):
                 raise cause from None
+            said = f"worker group failed ({type(cause).__name__}: {str(cause).strip().splitlines()[-1:]})"
+            if stop.asked:
+                print(f"{said}; the job was asked to stop, so it is not started again", flush=True)
+                return _untrained(task)
             failures += 1
             if failures > args.run.max_failures:
                 raise RuntimeError(
                     f"training failed {failures} times, more than --max_failures {args.run.max_failures}: {error}"
                 ) from error
-            print(f"worker group failed ({type(cause).__name__}: {str(cause).strip().splitlines()[-1:]}); "
-                  f"restart {failures} of {args.run.max_failures} from the newest checkpoint", flush=True)  # fmt: skip
+            print(f"{said}; restart {failures} of {args.run.max_failures} from the newest checkpoint", flush=True)
             assert ray.is_initialized()
 
 
@@ -112,16 +139,31 @@ def check_world(task: TrainTask, world_size: int) -> None:
     BatchPlan(task.rows_per_step, task.train.device_batch_size, world_size)
 
 
-def _fit(task: TrainTask, args: Args, workers: WorkerResources, stream: str, attempt: int) -> dict[str, Any]:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+def _untrained(task: TrainTask) -> dict[str, Any]:
+    """The result of a stage that was stopped while no training process ran: where its newest checkpoint stands."""
+    path = latest_checkpoint(storage.join(task.run_dir, "checkpoints"), task.stage)
+    step = int(read_meta(path)["step"]) if path else 0
+    return {"finished": False, "step": step, "checkpoint": path or "", "metrics": {}}
+
+
+def ray_name(name: str) -> str:
+    """A name that Ray accepts: the name itself where it is plain ASCII, else its ASCII part and a hash of all of it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:60].strip("-.")
+    return name if plain == name else f"{plain or 'run'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _trainer(
+    task: TrainTask, args: Args, workers: WorkerResources, stream: str, sizes: tuple[int, int], attempt: int
+) -> TorchTrainer:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.ray_data import RankDataConfig
     from jobs.ray_worker import train_loop
 
-    num_iterations = horizon_on_cluster(task, workers)
+    num_iterations, device_batch = sizes
     streaming = stream == "ray" and num_iterations > 0
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
         train_loop_config={
             "task": task,
@@ -133,32 +175,16 @@ def _fit(task: TrainTask, args: Args, workers: WorkerResources, stream: str, att
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources
         ),
-        datasets=ray_datasets(task, workers.count, num_iterations) if streaming else None,
+        datasets=ray_datasets(with_batch(task, device_batch), workers.count, num_iterations) if streaming else None,
         dataset_config=RankDataConfig() if streaming else None,
         run_config=RunConfig(
-            name=f"{args.run.run}-{task.stage}-{int(time.time())}-{attempt}",
+            name=ray_name(f"{args.run.run}-{task.stage}-{int(time.time())}-{attempt}"),
             storage_path=storage.join(task.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": workers.env_vars},
         ),
     )
-    box: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            box["result"] = trainer.fit().return_value
-        except BaseException as error:  # handed to the main thread, which raises it
-            box["error"] = error
-
-    # fit() in the main thread would install Ray's own Ctrl-C handler, which ends a run without a checkpoint.
-    thread = threading.Thread(target=fit, name="trainer", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if "error" in box:
-        raise box["error"]
-    result: dict[str, Any] = box["result"]
-    return result
 
 
 def ray_datasets(task: TrainTask, world_size: int, num_iterations: int) -> dict[str, Callable[[], Any]]:
@@ -166,20 +192,24 @@ def ray_datasets(task: TrainTask, world_size: int, num_iterations: int) -> dict[
     from jobs.ray_data import rank_datasets
 
     def start_step() -> int:
-        path = latest_checkpoint(storage.join(task.run_dir, "checkpoints"), task.stage, warn=lambda message: None)
+        try:
+            path = newest_to_resume(checkpoints_dir(task), task.stage, warn=lambda message: None)
+        except CheckpointError:
+            return 0  # the workers find the same and raise it, where its message reaches the user
         return int(read_meta(path)["step"]) if path else 0
 
     plan = BatchPlan(task.rows_per_step, task.train.device_batch_size, world_size)
     return rank_datasets(task.train_tokens_dir, task.seed, plan, start_step, num_iterations)
 
 
-def horizon_on_cluster(task: TrainTask, workers: WorkerResources) -> int:
-    """Steps of the stage; when the clock decides, timed on the cluster with the resources of one training process."""
+def sizes_on_cluster(task: TrainTask, workers: WorkerResources, began: float) -> tuple[int, int]:
+    """Steps of the stage and rows of a micro-batch; where clock or memory decide, measured on the cluster with the
+    resources of one training process. `began`: when the stage began, in seconds since 1970."""
     import ray
 
-    known = known_horizon(task)
-    if known is not None:
-        return known
+    steps, batch = known_horizon(task), known_batch(task)
+    if steps is not None and batch is not None:
+        return steps, batch
 
     @ray.remote(
         num_cpus=workers.resources["CPU"],
@@ -187,13 +217,13 @@ def horizon_on_cluster(task: TrainTask, workers: WorkerResources) -> int:
         max_calls=1,  # the process, and the device memory it took, ends with the measurement
         runtime_env={"env_vars": workers.env_vars},
     )
-    def measure() -> int:
+    def measure() -> tuple[int, int]:
         prepare_process(workers.threads)
         device = choose_device("cuda" if workers.use_gpu else "cpu")
-        return measure_horizon(task, device, workers.count)
+        return choose_sizes(task, device, workers.count, began)
 
-    steps: int = ray.get(measure.remote())
-    return steps
+    sizes: tuple[int, int] = ray.get(measure.remote())
+    return sizes
 
 
 def _training_failure(error: BaseException) -> BaseException | None:
