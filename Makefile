@@ -14,13 +14,17 @@ PYTHON ?=
 help: ## show this list
 	@echo "MegaContext on Ray"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
-	@echo '  flags of the job go into ARGS: make speedrun ARGS="--run mine"; python jobs/speedrun.py --help lists them'
+	@echo '  flags of the job go into ARGS: make speedrun ARGS="--run mine"; .venv/bin/python jobs/speedrun.py --help lists them'
 
 speedrun: $(STAMP) ## train a small model from text to report card: on this machine, or on the cluster at RAY_ADDRESS
 	@$(BIN)/python -m jobs.submit -- python jobs/speedrun.py $(ARGS)
 
 test: lint types $(STAMP) ## lint, formatting, types and all tests
 	$(BIN)/python $(if $(ARGS),-m pytest $(ARGS),tests/side_by_side.py)
+
+.PHONY: soak
+soak: $(STAMP) ## the long campaigns: every test that does more with MC_SOAK=1, dozens of kills for example
+	MC_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) $$(grep -l MC_SOAK tests/test_*.py)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """All tests in two processes at once: those that start a Ray cluster in one, all others in the other.
 
-More processes would not do: two clusters on two cores run into timeouts.
+More processes would gain nothing: these two keep two cores busy.
 
     python tests/side_by_side.py
 """

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from patience import PATIENCE_S
 
 from megacontext.context.allocator import AllocatorConfig, FocusAllocator
 from megacontext.context.working_context import WorkingContext
@@ -35,7 +36,7 @@ class Collector:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 collector.bodies.append((self.path, body))
                 if hang:
-                    collector.hung.wait(30)
+                    collector.hung.wait()
                 self.send_response(status)
                 self.end_headers()
 
@@ -65,7 +66,10 @@ class Collector:
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """A collector, and the patience that it needs on a busy machine."""
+    monkeypatch.setattr(otel, "SEND_SECONDS", PATIENCE_S)
+    monkeypatch.setattr(otel, "CLOSE_SECONDS", PATIENCE_S)
     server = Collector()
     yield server
     server.close()
@@ -188,7 +192,7 @@ def test_a_bad_collector_does_not_stop_a_run(
         free = f"127.0.0.1:{unused.getsockname()[1]}"
     telemetry = connect(server.address if server else free if kind == "absent" else "collector.invalid:4318")
     busy_work(telemetry, 2000)  # twice what the queue holds
-    deadline = time.perf_counter() + 10
+    deadline = time.perf_counter() + PATIENCE_S
     while not telemetry._exporter.lost and time.perf_counter() < deadline:
         time.sleep(0.02)
     telemetry.close()
@@ -217,17 +221,18 @@ t.start("b").end()
 t.close()
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 def test_an_interpreter_that_ends_sends_what_waits(collector: Collector) -> None:
     code = f"""
 from megacontext.telemetry import otel
+otel.SEND_SECONDS = otel.CLOSE_SECONDS = {PATIENCE_S}
 t = otel.from_environment({{"MC_OTEL_ENDPOINT": "{collector.address}", "MC_OTEL_INSECURE": "1"}})
 with t.span("last"):
     pass
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
     assert "last" in collector.spans()
 
 

@@ -1,4 +1,4 @@
-"""Ray Data gives exactly the batches of the memory map, from any step, on one worker and on two."""
+"""Ray Data gives exactly the batches of the memory map, from any step. With Ray Train's workers: test_launch.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from megacontext.data.shards import Manifest, ShardSet, write_shard
 from megacontext.data.stream import Batch, BatchPlan, MmapStream, RowOrder
@@ -59,7 +60,7 @@ def assert_same(ours: Batch, want: Batch) -> None:
 
 @pytest.mark.parametrize(
     ("rows_per_step", "device_batch", "world", "start", "end", "pause_s"),
-    [(6, 3, 1, 0, 40, 0.0), (8, 2, 2, 7, 90, 0.0), (12, 1, 3, 3, 14, 0.01), (4, 4, 1, 99, 100, 0.0)],
+    [(6, 3, 1, 0, 40, 0.0), (8, 2, 2, 7, 50, 0.0), (12, 1, 3, 3, 14, 0.01), (4, 4, 1, 99, 100, 0.0)],
 )
 def test_the_same_batches_as_the_memory_map(
     ray_cluster: Any,
@@ -106,15 +107,16 @@ def test_a_stream_that_ends_early_is_refused(ray_cluster: Any, directory: str) -
 
 
 def test_leaving_early_stops_the_execution(ray_cluster: Any, directory: str) -> None:
+    def executors() -> int:
+        ours = set(threading.enumerate()) - before  # on a busy machine those of earlier tests may still be ending
+        return sum("StreamingExecutor" in thread.name for thread in ours)
+
+    before = set(threading.enumerate())
     stream = ray_stream(directory, BatchPlan(2, 2, 1), 0, 0, 5000)
     next(stream)
-
-    def executors() -> int:
-        return sum("StreamingExecutor" in thread.name for thread in threading.enumerate())
-
     assert executors() == 1
     stream.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while executors() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert executors() == 0
@@ -173,45 +175,3 @@ def test_missing_shards_and_no_steps(ray_cluster: Any, directory: str, tmp_path:
         ray_stream(str(tmp_path), BatchPlan(2, 2, 1), 0, 0, 5)
     with pytest.raises(UserError, match="step 5 of 5"):
         ray_stream(directory, BatchPlan(2, 2, 1), 0, 5, 5)
-
-
-def test_two_train_workers_get_their_own_rows(ray_cluster: Any, directory: str, tmp_path: Path) -> None:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from jobs.ray_data import RankDataConfig, rank_datasets
-
-    def trainer_loop(config: dict[str, Any]) -> dict[str, Any]:
-        """Compare every batch of this rank with the memory map, then tell rank 0 the positions of all ranks."""
-        import ray.train
-        import torch.distributed as dist
-
-        from jobs.ray_data import RayStream
-
-        rank = ray.train.get_context().get_world_rank()
-        plan, start, end = config["plan"], config["start"], config["end"]
-        stream = RayStream.of_worker(plan, rank, start, end)
-        positions = []
-        shards = ShardSet.open(config["directory"])
-        for want in MmapStream(shards, RowOrder(shards.num_rows, SEED), plan, rank, start, end):
-            ours = next(stream)
-            same = ours.ids.equal(want.ids) and np.array_equal(ours.rows, want.rows)
-            assert same, f"rank {rank}: {ours.positions} is not {want.positions}"
-            positions += ours.positions.tolist()
-        assert next(stream, None) is None
-        everyone: list[Any] = [None] * plan.world_size
-        dist.all_gather_object(everyone, positions)
-        return {"positions": everyone}
-
-    plan, start, end = BatchPlan(8, 2, 2), 13, 120
-    result = TorchTrainer(
-        trainer_loop,
-        train_loop_config={"plan": plan, "start": start, "end": end, "directory": directory},
-        datasets=rank_datasets(directory, SEED, plan, lambda: start, end, BLOCK_BYTES),
-        dataset_config=RankDataConfig(BLOCK_BYTES),
-        scaling_config=ScalingConfig(num_workers=2, use_gpu=False, resources_per_worker={"CPU": 1}),
-        run_config=RunConfig(name="stream", storage_path=str(tmp_path)),
-    ).fit()
-    assert result.return_value is not None
-    everyone = result.return_value["positions"]
-    assert sorted(everyone[0] + everyone[1]) == list(range(start * 8, end * 8))

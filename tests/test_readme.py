@@ -10,25 +10,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+import plain_shell
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
-# command of the README -> the test that runs it. "here" is `test_cheap_commands_run` below.
-TESTED_BY = {
-    "make speedrun": "test_speedrun.py",
-    "make test": "this very run",
-    'make speedrun ARGS="--run mine --depth 6"': "test_speedrun.py",
-    'python jobs/chat_cli.py --run mine -p "Why is the sky blue?"': "test_speedrun.py",
-    "ray job submit --working-dir . -- python jobs/speedrun.py": "test_submit.py",
-    'make speedrun ARGS="--run memory --mc --token_shift 1 --mc_recall_share 0.3"': "test_speedrun.py",
-    "python jobs/recall_eval.py --help": "here",
-    "python jobs/memory_eval.py --help": "here",
-    "python jobs/recall_ladder.py --help": "here",
-    "python jobs/base_train.py --help": "here",
-    "python jobs/report.py --run mine": "here",
-    "cluster/setup.sh --help": "here",
+PYTHON = ".venv/bin/python"
+# command of the README -> what it starts, where that is too much for a test; the test named runs it in earnest
+LARGE = {
+    "make speedrun": ("python -m jobs.submit -- python jobs/speedrun.py", "test_speedrun.py"),
+    "make test": ("python tests/side_by_side.py", ""),
+    'make speedrun ARGS="--run mine --depth 6"': (
+        "python -m jobs.submit -- python jobs/speedrun.py --run mine --depth 6",
+        "test_speedrun.py",
+    ),
+    'make speedrun ARGS="--run memory --mc"': (
+        "python -m jobs.submit -- python jobs/speedrun.py --run memory --mc",
+        "test_speedrun.py",
+    ),
+}
+# command of the README -> the test that runs it as it is written
+ELSEWHERE = {
+    f'{PYTHON} jobs/chat_cli.py --run mine -p "Why is the sky blue?"': "test_speedrun.py",
+    ".venv/bin/ray job submit --working-dir . -- python jobs/speedrun.py": "test_submit.py",
+}
+# command of the README -> what it shows
+SMALL = {
+    f"{PYTHON} jobs/recall_eval.py --help": "usage: recall_eval.py",
+    f"{PYTHON} jobs/memory_eval.py --help": "usage: memory_eval.py",
+    f"{PYTHON} jobs/recall_ladder.py --help": "usage: recall_ladder.py",
+    f"{PYTHON} jobs/base_train.py --help": "usage: base_train.py",
+    f"{PYTHON} jobs/report.py --run mine": "report card: mine",
+    "cluster/setup.sh --help": "cluster/setup.sh --yes",
 }
 
 
@@ -47,33 +62,40 @@ def commands() -> list[str]:
 
 def run(command: list[str], cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
 
 def test_every_command_has_a_test() -> None:
-    assert set(commands()) == set(TESTED_BY)
-    for command, where in TESTED_BY.items():
-        if where.endswith(".py"):
-            # the target (`make speedrun`, or the script) is named in the test that is said to run it
-            words = shlex.split(command)
-            target = next((word for word in words if word.endswith("chat_cli.py")), words[1])
-            assert Path(target).name in (ROOT / "tests" / where).read_text(), f"{where} does not run {command!r}"
+    assert set(commands()) == {*LARGE, *ELSEWHERE, *SMALL}
+    for command, where in {**ELSEWHERE, **{command: where for command, (_, where) in LARGE.items() if where}}.items():
+        text = (ROOT / "tests" / where).read_text()
+        started = command if command in ELSEWHERE else "jobs/speedrun.py"
+        assert started in text, f"{where} does not run {command!r}"
 
 
-@pytest.mark.parametrize("command", [command for command, where in TESTED_BY.items() if where == "here"])
-def test_cheap_commands_run(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command)
-    if words[0] == "python":
-        words[0] = sys.executable
+@pytest.mark.parametrize("command", SMALL)
+def test_small_commands_run_as_written(command: str, tmp_path: Path) -> None:
     if "report.py" in command:
         from megacontext.telemetry.report import write_stage
 
         write_stage(str(tmp_path / "runs" / "mine"), "tok_train", 1.5, 0.0, {"vocab_size": 300})
-    done = run(words, NANOCHAT_BASE_DIR=str(tmp_path))
+    done = plain_shell.run(command, plain_shell.checkout(tmp_path / "plain"), NANOCHAT_BASE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"--help": "", "mine": "report card: mine"}[words[-1]] in done.stdout
-    assert done.stdout
+    assert SMALL[command] in done.stdout
+
+
+@pytest.mark.parametrize("command", LARGE)
+def test_large_commands_start_as_written(command: str, tmp_path: Path) -> None:
+    from jobs import cli, speedrun
+
+    done = plain_shell.run(command, plain_shell.checkout(tmp_path / "plain", tmp_path / "started"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = (tmp_path / "started").read_text().splitlines()
+    assert words == shlex.split(LARGE[command][0])
+    if "jobs/speedrun.py" in words:
+        flags = words[words.index("jobs/speedrun.py") + 1 :]
+        cli.parse(speedrun.SECTIONS, None, ["--base_dir", str(tmp_path), *flags])
 
 
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -122,28 +144,6 @@ def test_make_names_the_remedy_when_python_is_too_old_or_has_no_venv(tmp_path: P
     done = run(["make", "install"], cwd=tmp_path, PATH=str(tmp_path / "bin"))
     assert done.returncode != 0
     assert "apt-get install python3-venv" in done.stdout
-
-
-def test_setup_writes_a_private_file_that_jobs_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobs import environment
-
-    file = tmp_path / "settings"
-    secret = 'it\'s $HOME `x` "q"'
-    done = run(
-        ["cluster/setup.sh", "--yes", "--no-install", "--file", str(file)],
-        HF_TOKEN=secret,
-        WANDB_PROJECT="p q",
-        WANDB_API_KEY="",
-    )
-    assert done.returncode == 0, done.stderr
-    assert secret not in done.stdout + done.stderr
-    assert file.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setenv("MEGACONTEXT_ENV_FILE", str(file))
-    settings: dict[str, str] = {}
-    environment.load(settings)
-    assert settings["HF_TOKEN"] == secret
-    assert settings["WANDB_PROJECT"] == "p q"
-    assert "WANDB_API_KEY" not in settings
 
 
 def test_the_library_example_runs(tmp_path: Path, shared_data: Path) -> None:

@@ -34,7 +34,7 @@ from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext, smallest_budget
 from megacontext.inference.engine import Engine, naive_generate
 from megacontext.inference.focus import LensScorer
-from megacontext.inference.session import session_gist
+from megacontext.inference.session_folder import session_gist
 from megacontext.inference.session_options import SessionOptions
 from megacontext.model.gpt import GPT
 
