@@ -184,8 +184,8 @@ def test_every_training_line_says_what_is_left(tmp_path: Path, capsys: pytest.Ca
         tracker.log({"train/loss": 1.0, "train/dt": 3.0}, step)
     tracker.finish()
     shown = [line.partition(" left ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert [shown[0], shown[1], shown[2], shown[3]] == ["88.5 min", "58.0 min", "28.5 min", ""]
-    assert (shown[4], shown[5], shown[8]) == ("28.0 min", "27.5 min", "2.6 min")
+    assert [shown[0], shown[1], shown[2], shown[3]] == ["88.5 min", "29.0 min", "28.5 min", ""]
+    assert (shown[4], shown[5], shown[8]) == ("28.0 min", "15.1 min", "2.6 min")
     assert shown[-1] == "0.0 min"
     assert "left" not in "".join((tmp_path / "metrics.jsonl").read_text())
 

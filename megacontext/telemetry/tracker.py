@@ -64,6 +64,7 @@ class Tracker:
         self._wandb: wandb_run.WandbRun | None = None
         self._sink: Sink | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._steps = 0  # of this process
         self._printed_at = 0.0
 
     def open(self, resume_step: int = 0, total_steps: int | None = None) -> None:
@@ -129,6 +130,9 @@ class Tracker:
             self._bar.set_postfix_str(format_metrics(metrics), refresh=False)
             return
         if "train/dt" in metrics:
+            self._steps += 1
+            if self._steps == 2:  # the first step also waits for data and compiles; it counts only in its own line
+                self._recent.clear()
             self._recent.append(float(metrics["train/dt"]))
         due = step % self.log_every == 0 or step in (1, self.total_steps)
         if due or "train/loss" not in metrics or time.monotonic() - self._printed_at > _SILENT_S:
