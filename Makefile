@@ -17,7 +17,7 @@ help: ## show this list
 	@echo '  flags of the job go into ARGS: make speedrun ARGS="--run mine"; .venv/bin/python jobs/speedrun.py --help lists them'
 
 speedrun: $(STAMP) ## train a small model from text to report card: on this machine, or on the cluster at RAY_ADDRESS
-	@$(BIN)/python -m jobs.submit -- python jobs/speedrun.py $(ARGS)
+	@$(BIN)/python -m jobs.runtime.submit -- python jobs/speedrun.py $(ARGS)
 
 test: lint types $(STAMP) ## lint, formatting, types and all tests
 	$(BIN)/python $(if $(ARGS),-m pytest $(ARGS),tests/side_by_side.py)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import megacontext as mc
-from jobs import cli
-from jobs.stage import Job, run_stage
+from jobs.runtime import cli
+from jobs.runtime.stage import Job, run_stage
 from megacontext import storage
 from megacontext.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints
 from megacontext.config import DataConfig, EvalConfig, RunConfig

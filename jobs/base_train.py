@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jobs import cli
-from jobs.checks import check, planned_task, shape_of_flags
-from jobs.launch import run_training
-from jobs.stage import Job, run_stage
-from jobs.stopping import Stopped
-from jobs.take_over import take_over
+from jobs.runtime import cli
+from jobs.runtime.checks import check, planned_task, shape_of_flags
+from jobs.runtime.launch import run_training
+from jobs.runtime.stage import Job, run_stage
+from jobs.runtime.stopping import Stopped
+from jobs.runtime.take_over import take_over
 from megacontext.checkpoint import list_checkpoints, read_meta
 from megacontext.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.data.shards import ShardSet

@@ -22,9 +22,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from jobs import cli
-from jobs.launch import run_training
-from jobs.parser import Parser
+from jobs.runtime import cli
+from jobs.runtime.launch import run_training
+from jobs.runtime.parser import Parser
 from megacontext.config import GPTConfig, TrainConfig
 from megacontext.data.shards import Manifest, write_shard
 from megacontext.data.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import megacontext as mc
-from jobs.user_paths import user_path
+from jobs.runtime.user_paths import user_path
 from megacontext import precision
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer

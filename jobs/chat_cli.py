@@ -20,9 +20,9 @@ import codecs
 from collections.abc import Generator, Sequence
 
 import megacontext as mc
-from jobs import cli, environment
-from jobs.parser import Parser
-from jobs.user_paths import resolve_paths
+from jobs.runtime import cli, environment
+from jobs.runtime.parser import Parser
+from jobs.runtime.user_paths import resolve_paths
 from megacontext import storage
 from megacontext.checkpoint import latest_checkpoint, list_checkpoints
 from megacontext.errors import CheckpointError

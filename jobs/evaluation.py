@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import megacontext as mc
-from jobs import cli, environment
-from jobs.parser import Parser
-from jobs.user_paths import resolve_paths
+from jobs.runtime import cli, environment
+from jobs.runtime.parser import Parser
+from jobs.runtime.user_paths import resolve_paths
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.model.gpt import GPT
 from megacontext.train.worker import choose_device

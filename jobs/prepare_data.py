@@ -23,10 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jobs import cli
-from jobs.stage import Job as StageJob
-from jobs.stage import run_stage
-from jobs.take_over import take_over
+from jobs.runtime import cli
+from jobs.runtime.stage import Job as StageJob
+from jobs.runtime.stage import run_stage
+from jobs.runtime.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import binarize, parquet
@@ -160,7 +160,7 @@ def _run_jobs(jobs: Sequence[Job]) -> Iterator[tuple[Job, Receipt]]:
     import ray
     import ray.data
 
-    from jobs.cluster import start_ray
+    from jobs.runtime.cluster import start_ray
 
     start_ray()
     threads = threads_per_task(len(jobs), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]])

@@ -13,8 +13,8 @@ if __package__ in (None, ""):
 
 from typing import Any
 
-from jobs import cli
-from jobs.stage import Job, run_stage
+from jobs.runtime import cli
+from jobs.runtime.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import corpus, download, parquet
 

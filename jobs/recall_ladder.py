@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import base_train, cli, environment, prepare_data, prepare_text, recall_eval, tok_train
-from jobs.checks import check
-from jobs.parser import Parser
-from jobs.stage import run_stage
-from jobs.user_paths import resolve_paths
+from jobs import base_train, prepare_data, prepare_text, recall_eval, tok_train
+from jobs.runtime import cli, environment
+from jobs.runtime.checks import check
+from jobs.runtime.parser import Parser
+from jobs.runtime.stage import run_stage
+from jobs.runtime.user_paths import resolve_paths
 from megacontext import storage
 
 BASELINES = "window,sinks,ours,oracle"

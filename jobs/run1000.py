@@ -11,7 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs import cli
+from jobs.runtime import cli
 from jobs.speedrun import SECTIONS, pipeline
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs import base_eval, base_train, cli, prepare_data, prepare_text, report, tok_eval, tok_train
-from jobs.checks import check
-from jobs.stage import run_stage
+from jobs import base_eval, base_train, prepare_data, prepare_text, report, tok_eval, tok_train
+from jobs.runtime import cli
+from jobs.runtime.checks import check
+from jobs.runtime.stage import run_stage
 from megacontext.config import DataConfig, EvalConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 
 SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, EvalConfig]

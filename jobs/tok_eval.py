@@ -21,8 +21,8 @@ from typing import Any
 
 import tiktoken
 
-from jobs import cli
-from jobs.stage import Job, run_stage
+from jobs.runtime import cli
+from jobs.runtime.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet
 from megacontext.data.tokenizer import Tokenizer

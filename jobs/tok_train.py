@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jobs import cli
-from jobs.stage import Job, run_stage
-from jobs.stopping import unhandled
-from jobs.take_over import take_over
+from jobs.runtime import cli
+from jobs.runtime.stage import Job, run_stage
+from jobs.runtime.stopping import unhandled
+from jobs.runtime.take_over import take_over
 from megacontext import storage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet

@@ -1,6 +1,6 @@
 """Every setting of a run, once: its default, its unit and what it does.
 
-Sections are frozen dataclasses; a job puts the sections it needs into its command line (`jobs/cli.py`).
+Sections are frozen dataclasses; a job puts the sections it needs into its command line (`jobs/runtime/cli.py`).
 Tiers are overrides of these defaults and nothing else. Secrets are never settings: they come from the environment.
 """
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jobs.cluster import QUIET
-from jobs.patience import PATIENT, START_TIMEOUT_S, wait_for_own_node
+from jobs.runtime.cluster import QUIET
+from jobs.runtime.patience import PATIENT, START_TIMEOUT_S, wait_for_own_node
 
 # No test is about the clock: a busy machine draws examples slowly.
 settings.register_profile("any clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

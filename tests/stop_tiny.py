@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny import make_task
 
-from jobs import cli
 from jobs.base_train import result_of
-from jobs.launch import run_training
+from jobs.runtime import cli
+from jobs.runtime.launch import run_training
 
 
 def main(folder: Path, run: str, launcher: str, *overrides: str) -> None:

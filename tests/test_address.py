@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import address, cluster
+from jobs.runtime import address, cluster
 from megacontext import reach
 from megacontext.errors import UserError
 

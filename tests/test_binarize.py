@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from patience import PATIENCE_S
 
-from jobs import cli, prepare_data
+from jobs import prepare_data
+from jobs.runtime import cli
 from megacontext import storage
 from megacontext.data import binarize, parquet
 from megacontext.data.identity import identify
@@ -323,7 +324,7 @@ def test_the_job_reports_storage_that_cannot_be_written(folder: Path, ray_cluste
 @pytest.mark.ray
 def test_the_command(folder: Path) -> None:
     """The job as a process of its own that starts Ray itself."""
-    from jobs import cli
+    from jobs.runtime import cli
 
     given = {
         "base_dir": str(folder),

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from tiny_pipeline import without
 
-from jobs import base_train, chat_cli, checks, cli, hardware, recall_eval, run10, run1000, speedrun
-from jobs.run_settings import FLAGS as SETTINGS
-from jobs.run_settings import SECTIONS
+from jobs import base_train, chat_cli, recall_eval, run10, run1000, speedrun
+from jobs.runtime import checks, cli, hardware
+from jobs.runtime.run_settings import FLAGS as SETTINGS
+from jobs.runtime.run_settings import SECTIONS
 from megacontext.config import MIN_VOCAB_SIZE, TIERS, RunConfig
 from megacontext.data import tokenizer
 from megacontext.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import environment
-from jobs.env_file import parse_env_file, read_env_file
+from jobs.runtime import environment
+from jobs.runtime.env_file import parse_env_file, read_env_file
 from megacontext.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ import torch
 from tiny import make_task
 
 import megacontext as mc
-from jobs import base_eval, chat_cli, cli, prepare_data
+from jobs import base_eval, chat_cli, prepare_data
+from jobs.runtime import cli
 from megacontext.config import DataConfig, EvalConfig, RunConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError, UserError

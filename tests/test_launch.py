@@ -16,9 +16,9 @@ from test_mc_training import make_mc_task
 from test_resume import losses, rows, train_here
 from tiny import make_task
 
-from jobs import cli, one_machine, patience
-from jobs.cluster import WorkerResources
-from jobs.launch import run_training, sizes_on_cluster
+from jobs.runtime import cli, one_machine, patience
+from jobs.runtime.cluster import WorkerResources
+from jobs.runtime.launch import run_training, sizes_on_cluster
 from megacontext.errors import NonFiniteLossError, UserError
 from megacontext.train.worker import stop_file
 

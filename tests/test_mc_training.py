@@ -16,7 +16,7 @@ import torch
 from tiny import make_task
 
 import megacontext as mc
-from jobs import cli
+from jobs.runtime import cli
 from megacontext.checkpoint import Checkpoint, load_checkpoint
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.data.recall import recall_rows

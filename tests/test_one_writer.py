@@ -17,8 +17,8 @@ from test_damaged_checkpoints import content, path_of, write
 from test_resume import HERE, train_here
 from tiny import make_task
 
-from jobs import cli
-from jobs.launch import run_training
+from jobs.runtime import cli
+from jobs.runtime.launch import run_training
 from megacontext import locks, storage
 from megacontext.errors import StorageError, UserError
 from megacontext.train import checkpoint as ck

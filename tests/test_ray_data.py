@@ -42,7 +42,7 @@ def oracle(directory: str, plan: BatchPlan, rank: int, start: int, end: int) -> 
 
 
 def ray_stream(directory: str, plan: BatchPlan, rank: int, start: int, end: int, block_bytes: int = BLOCK_BYTES) -> Any:
-    from jobs.ray_data import RayStream, build_dataset
+    from jobs.runtime.ray_data import RayStream, build_dataset
 
     dataset = build_dataset(directory, SEED, plan, rank, start, end, block_bytes)
     return RayStream(dataset.iterator(), plan, rank, start, end)
@@ -85,7 +85,7 @@ def test_the_same_batches_as_the_memory_map(
 
 
 def test_a_stream_that_begins_elsewhere_is_refused(ray_cluster: Any, directory: str) -> None:
-    from jobs.ray_data import RayStream, build_dataset
+    from jobs.runtime.ray_data import RayStream, build_dataset
 
     plan = BatchPlan(4, 2, 2)
     dataset = build_dataset(directory, SEED, plan, 0, 5, 9, BLOCK_BYTES)
@@ -96,7 +96,7 @@ def test_a_stream_that_begins_elsewhere_is_refused(ray_cluster: Any, directory: 
 
 
 def test_a_stream_that_ends_early_is_refused(ray_cluster: Any, directory: str) -> None:
-    from jobs.ray_data import RayStream, build_dataset
+    from jobs.runtime.ray_data import RayStream, build_dataset
 
     plan = BatchPlan(4, 2, 2)
     dataset = build_dataset(directory, SEED, plan, 0, 0, 3, BLOCK_BYTES)
@@ -138,7 +138,7 @@ def test_reads_ahead_only_so_far(
     ray_cluster: Any, directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that stops must not fill the object store."""
-    from jobs import ray_data
+    from jobs.runtime import ray_data
 
     class CountedRows(ray_data.RankRows):
         def block(self, first: int, last: int) -> Any:
@@ -162,7 +162,7 @@ def test_settings_stay_with_the_dataset(ray_cluster: Any, directory: str) -> Non
     """Other datasets of the same process keep Ray's defaults."""
     import ray.data
 
-    from jobs.ray_data import Pacing, build_dataset
+    from jobs.runtime.ray_data import Pacing, build_dataset
 
     build_dataset(directory, SEED, BatchPlan(2, 2, 1), 0, 0, 5)
     context = ray.data.DataContext.get_current()

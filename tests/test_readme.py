@@ -20,14 +20,14 @@ README = ROOT / "README.md"
 PYTHON = ".venv/bin/python"
 # command of the README -> what it starts, where that is too much for a test; the test named runs it in earnest
 LARGE = {
-    "make speedrun": ("python -m jobs.submit -- python jobs/speedrun.py", "test_speedrun.py"),
+    "make speedrun": ("python -m jobs.runtime.submit -- python jobs/speedrun.py", "test_speedrun.py"),
     "make test": ("python tests/side_by_side.py", ""),
     'make speedrun ARGS="--run mine --depth 6"': (
-        "python -m jobs.submit -- python jobs/speedrun.py --run mine --depth 6",
+        "python -m jobs.runtime.submit -- python jobs/speedrun.py --run mine --depth 6",
         "test_speedrun.py",
     ),
     'make speedrun ARGS="--run memory --mc"': (
-        "python -m jobs.submit -- python jobs/speedrun.py --run memory --mc",
+        "python -m jobs.runtime.submit -- python jobs/speedrun.py --run memory --mc",
         "test_speedrun.py",
     ),
 }
@@ -87,7 +87,8 @@ def test_small_commands_run_as_written(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", LARGE)
 def test_large_commands_start_as_written(command: str, tmp_path: Path) -> None:
-    from jobs import cli, speedrun
+    from jobs import speedrun
+    from jobs.runtime import cli
 
     done = plain_shell.run(command, plain_shell.checkout(tmp_path / "plain", tmp_path / "started"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -182,7 +182,7 @@ def test_state_continues_through_a_damaged_newest_checkpoint(
 def test_a_signal_to_the_job_saves_and_says_so(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "import sys; from pathlib import Path; from tiny import make_task\n"
-        "from jobs import cli; from jobs.launch import run_training\n"
+        "from jobs import cli; from jobs.runtime.launch import run_training\n"
         "task = make_task(Path(sys.argv[1]), num_iterations=100_000, save_every=-1, eval_every=-1)\n"
         "args = cli.resolve({'tier': 'cpu', 'base_dir': sys.argv[1], 'wandb': 'off', 'launcher': 'local'})\n"
         "result = run_training(task, args); print('finished', result['finished'], result['step'], flush=True)\n"

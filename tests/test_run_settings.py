@@ -13,8 +13,9 @@ import pytest
 import yaml
 from tiny_pipeline import MODEL, arguments, run_pipeline, where
 
-from jobs import base_eval, base_train, cli, prepare_data, run_settings, speedrun
-from jobs.stage import run_stage
+from jobs import base_eval, base_train, prepare_data, speedrun
+from jobs.runtime import cli, run_settings
+from jobs.runtime.stage import run_stage
 from megacontext.config import TrainConfig
 from megacontext.errors import CheckpointError, DataError, UserError
 from megacontext.flags import free_flags

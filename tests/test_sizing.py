@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_task
 
-from jobs import base_eval, cli, prepare_data, speedrun, tok_eval, tok_train
+from jobs import base_eval, prepare_data, speedrun, tok_eval, tok_train
+from jobs.runtime import cli
 from megacontext.config import MC_IMPLIES, TIERS, TrainConfig
 from megacontext.train import setup
 from megacontext.train.setup import choose_sizes, known_horizon

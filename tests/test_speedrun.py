@@ -37,7 +37,7 @@ def run(command: list[str], base: Path) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base folder of a finished tiny run."""
     base = tmp_path_factory.mktemp("base")
-    done = run([sys.executable, "-m", "jobs.submit", "--", "python", "jobs/speedrun.py", *TINY], base)
+    done = run([sys.executable, "-m", "jobs.runtime.submit", "--", "python", "jobs/speedrun.py", *TINY], base)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert "report card: mine" in done.stdout
     return base
@@ -47,7 +47,7 @@ def test_make_speedrun_runs_exactly_this() -> None:
     recipe = subprocess.run(
         ["make", "-n", "speedrun", "ARGS=--run mine"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "python -m jobs.submit -- python jobs/speedrun.py --run mine" in recipe.stdout
+    assert "python -m jobs.runtime.submit -- python jobs/speedrun.py --run mine" in recipe.stdout
 
 
 def test_report_holds_every_stage_and_its_baselines(finished: Path) -> None:

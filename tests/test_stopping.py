@@ -19,8 +19,9 @@ import pytest
 import torch
 from tiny import make_task
 
-from jobs import base_train, cli, launch, stage, stopping
-from jobs.own_lines import OwnLines
+from jobs import base_train
+from jobs.runtime import cli, launch, stage, stopping
+from jobs.runtime.own_lines import OwnLines
 from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.loop import train as train_loop

@@ -21,10 +21,10 @@ from patience import PATIENCE_S
 from test_stopping import LONG, MOMENTS, check_saved, wait_for_steps
 from tiny import make_task
 
-from jobs import environment, one_machine, submit
-from jobs.cluster import python_for_ray
-from jobs.follow import LogPrinter, progress_bar
-from jobs.stopping import RAY_STOP_WAIT
+from jobs.runtime import environment, one_machine, submit
+from jobs.runtime.cluster import python_for_ray
+from jobs.runtime.follow import LogPrinter, progress_bar
+from jobs.runtime.stopping import RAY_STOP_WAIT
 from megacontext.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def client(
 ) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_"))}
     return subprocess.Popen(
-        [python, "-u", str(ROOT / "jobs" / "submit.py"), *arguments],
+        [python, "-u", str(ROOT / "jobs" / "runtime" / "submit.py"), *arguments],
         cwd=folder, env={**clean, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_a_signal_stops_the_job_after_its_checkpoint_and_ends_only_our_cluster(
     script = folder / "train.py"
     script.write_text(  # a driver whose checkpoint takes longer than the 3 s after which Ray kills by default
         "import pathlib, signal, sys, time\n"
-        "from jobs.user_paths import user_path\n"
+        "from jobs.runtime.user_paths import user_path\n"
         "path = user_path(sys.argv[1], '--storage')\n"
         "def save(*_):\n"
         "    print('saving', flush=True); time.sleep(5); pathlib.Path(path).write_text('saved'); sys.exit(0)\n"
@@ -206,7 +206,7 @@ def test_the_cluster_asks_for_its_token(cluster: one_machine.OneMachineCluster) 
 @pytest.mark.ray
 def test_a_cluster_ends_when_its_client_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from jobs.one_machine import OneMachineCluster\n"
+        "import os, sys; from jobs.runtime.one_machine import OneMachineCluster\n"
         "c = OneMachineCluster(os.environ, 1); c.start(); print(c.folder, flush=True); sys.stdin.read()\n"
     )
     process = subprocess.Popen(

@@ -17,8 +17,9 @@ from test_resume import train_here
 from tiny import make_task
 
 import megacontext as mc
-from jobs import base_train, cli, tok_train
-from jobs.take_over import take_over
+from jobs import base_train, tok_train
+from jobs.runtime import cli
+from jobs.runtime.take_over import take_over
 from megacontext.errors import CheckpointError, UserError
 from megacontext.train.setup import fresh
 

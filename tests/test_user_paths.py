@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import chat_cli, cli, environment, lens_audit, memory_eval, recall_eval, recall_ladder
-from jobs.user_paths import CALLER_DIR, base_folder, is_relative, user_path
+from jobs import chat_cli, lens_audit, memory_eval, recall_eval, recall_ladder
+from jobs.runtime import cli, environment
+from jobs.runtime.user_paths import CALLER_DIR, base_folder, is_relative, user_path
 from megacontext.errors import StorageError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +149,7 @@ def nameless(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "argv", [["jobs/submit.py", "--", "python", "jobs/report.py"], ["jobs/chat_cli.py", "-p", "x"]]
+    "argv", [["jobs/runtime/submit.py", "--", "python", "jobs/report.py"], ["jobs/chat_cli.py", "-p", "x"]]
 )
 def test_without_a_home_folder_one_sentence_names_the_variable(argv: list[str]) -> None:
     done = nameless(f"sys.argv = {argv!r}; runpy.run_path(sys.argv[0], run_name='__main__')")
@@ -162,7 +163,7 @@ def test_a_user_without_name_and_home_can_work(tmp_path: Path) -> None:
     code = (
         "import getpass\n"
         "from jobs import environment\n"
-        "from jobs.user_paths import base_folder\n"
+        "from jobs.runtime.user_paths import base_folder\n"
         "environment.load()\n"
         "import torch._dynamo\n"  # every optimizer's first step imports it, and it asks for the name
         "print(getpass.getuser(), os.path.expanduser('~'), base_folder(''))\n"

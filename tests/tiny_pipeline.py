@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs import cli, speedrun
+from jobs import speedrun
+from jobs.runtime import cli
 from megacontext.data import parquet
 
 WORDS = "the harbour def return count some other words that people use often when writing text about things they know"

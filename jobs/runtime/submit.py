@@ -1,6 +1,6 @@
 """Submit a job to Ray, follow its log to the end, stop it cleanly on Ctrl-C, and say where everything lies.
 
-    python -m jobs.submit [--address URL] -- python jobs/speedrun.py [flags]
+    python -m jobs.runtime.submit [--address URL] -- python jobs/speedrun.py [flags]
 
 With `--address` or RAY_ADDRESS the job goes to that cluster; otherwise a private one-machine cluster is started for
 it and ended after it. The exit status is 0 when the job succeeded.
@@ -23,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs import environment
-from jobs.address import VARIABLES, address_of, check_dashboard, client_settings
-from jobs.follow import Follower, LogPrinter
-from jobs.one_machine import RAY, OneMachineCluster
-from jobs.own_lines import lasting_lines
-from jobs.parser import Parser
-from jobs.user_paths import CALLER_DIR, user_path
+from jobs.runtime import environment
+from jobs.runtime.address import VARIABLES, address_of, check_dashboard, client_settings
+from jobs.runtime.follow import Follower, LogPrinter
+from jobs.runtime.one_machine import RAY, OneMachineCluster
+from jobs.runtime.own_lines import lasting_lines
+from jobs.runtime.parser import Parser
+from jobs.runtime.user_paths import CALLER_DIR, user_path
 from megacontext import storage
 from megacontext.config import default_base_dir
 from megacontext.errors import MegaContextError, UserError
 from megacontext.telemetry import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Patterns as in .gitignore; the leading slash keeps megacontext/data in.
 EXCLUDES = ("/.git/", "/.venv/", "/venv/", "/data/", "/runs/", "/wandb/", "/build/", "/dist/", ".mc_env*", "*.egg-info", "__pycache__", ".*_cache")  # fmt: skip
 _SUBMIT_TIMEOUT_S = 300

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from jobs import environment, run_settings
-from jobs.hardware import detect_tier
-from jobs.own_lines import own_lines
-from jobs.parser import Parser
-from jobs.run_settings import SECTIONS, settings_of_start
-from jobs.stopping import Ended, Stopped, handled
-from jobs.user_paths import base_folder, user_path
+from jobs.runtime import environment, run_settings
+from jobs.runtime.hardware import detect_tier
+from jobs.runtime.own_lines import own_lines
+from jobs.runtime.parser import Parser
+from jobs.runtime.run_settings import SECTIONS, settings_of_start
+from jobs.runtime.stopping import Ended, Stopped, handled
+from jobs.runtime.user_paths import base_folder, user_path
 from megacontext import storage
 from megacontext.checkpoint import checkpoint_name
 from megacontext.config import (
@@ -196,7 +196,7 @@ def print_config(args: Args, sections: Sequence[type[Any]]) -> None:
     if args.inherited:
         taken = " ".join(f"{name}={value}" for name, value in sorted(args.inherited.items()))
         print(f"from config.yaml of the run: {taken}", flush=True)
-    print(f"run folder: {paths(args).run_dir}", flush=True)  # `jobs/submit.py` reads this line
+    print(f"run folder: {paths(args).run_dir}", flush=True)  # `jobs/runtime/submit.py` reads this line
 
 
 def source_name(values: Mapping[str, Any]) -> str:

@@ -11,12 +11,12 @@ import shlex
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from jobs.env_file import read_env_file
-from jobs.user_paths import is_relative, settle_user, user_path
+from jobs.runtime.env_file import read_env_file
+from jobs.runtime.user_paths import is_relative, settle_user, user_path
 from megacontext.errors import UserError
 from megacontext.telemetry.provenance import is_secret_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Settings without secrets that a submitted job gets from the client.
 FORWARDED = (

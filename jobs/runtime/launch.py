@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.cli import Args, flat_config
-from jobs.cluster import WorkerResources, start_ray, worker_resources
-from jobs.stopping import StopSignals, handled, warn_of_short_stop
+from jobs.runtime.cli import Args, flat_config
+from jobs.runtime.cluster import WorkerResources, start_ray, worker_resources
+from jobs.runtime.stopping import StopSignals, handled, warn_of_short_stop
 from megacontext import storage
 from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.data.stream import BatchPlan
@@ -158,8 +158,8 @@ def _trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from jobs.ray_data import RankDataConfig
-    from jobs.ray_worker import train_loop
+    from jobs.runtime.ray_data import RankDataConfig
+    from jobs.runtime.ray_worker import train_loop
 
     num_iterations, device_batch = sizes
     streaming = stream == "ray" and num_iterations > 0
@@ -189,7 +189,7 @@ def _trainer(
 
 def ray_datasets(task: TrainTask, world_size: int, num_iterations: int) -> dict[str, Callable[[], Any]]:
     """One Ray dataset a rank, built anew for every worker group from where the newest checkpoint stopped."""
-    from jobs.ray_data import rank_datasets
+    from jobs.runtime.ray_data import rank_datasets
 
     def start_step() -> int:
         try:

@@ -12,8 +12,8 @@ import time
 from dataclasses import asdict
 
 import megacontext as mc
-from jobs import cli
-from jobs.run_settings import START as STAGE
+from jobs.runtime import cli
+from jobs.runtime.run_settings import START as STAGE
 from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.errors import UserError
 from megacontext.train.checkpoint import CheckpointWriter

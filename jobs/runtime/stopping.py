@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
-from jobs.user_paths import SUBMITTED
+from jobs.runtime.user_paths import SUBMITTED
 from megacontext import storage
 from megacontext.errors import StorageError, UserError
 from megacontext.train.worker import stop_file

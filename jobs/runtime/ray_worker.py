@@ -56,7 +56,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     worker = RayTrainWorker.start(task.run_dir)
 
     def stream(plan: BatchPlan, start_step: int, end_step: int) -> Iterator[Batch]:
-        from jobs.ray_data import RayStream
+        from jobs.runtime.ray_data import RayStream
 
         return RayStream.of_worker(plan, worker.rank, start_step, end_step)
 

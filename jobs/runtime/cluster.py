@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.address import joining
-from jobs.patience import PATIENT, wait_for_own_node
-from jobs.stopping import ask_ray_to_wait, start_kept
+from jobs.runtime.address import joining
+from jobs.runtime.patience import PATIENT, wait_for_own_node
+from jobs.runtime.stopping import ask_ray_to_wait, start_kept
 from megacontext.config import RunConfig
 from megacontext.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Settings of a one-machine cluster: training needs its cores. No process is started before there is a task for it, and
 # the daemons tell each other of resources once a second (each Ray process costs 1 % of a core by being there).
 QUIET = {

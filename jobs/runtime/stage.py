@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import run_settings, stopping
-from jobs.cli import Args, flat_values, paths, source_name
+from jobs.runtime import run_settings, stopping
+from jobs.runtime.cli import Args, flat_values, paths, source_name
 from megacontext import storage
 from megacontext.stages import BY_NAME, EVALUATE, TRAIN
 from megacontext.telemetry import provenance

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from jobs import hardware
-from jobs.cli import Args, paths
-from jobs.run_settings import shape_of_start
-from jobs.stage import Job, finished, refuse_other_settings
+from jobs.runtime import hardware
+from jobs.runtime.cli import Args, paths
+from jobs.runtime.run_settings import shape_of_start
+from jobs.runtime.stage import Job, finished, refuse_other_settings
 from megacontext.config import MIN_VOCAB_SIZE, GPTConfig, RunConfig
 from megacontext.data.recall_words import WordList
 from megacontext.data.stream import BatchPlan

@@ -18,9 +18,9 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.cluster import QUIET, free_ports
-from jobs.patience import PATIENT, START_TIMEOUT_S
-from jobs.stopping import RAY_STOP_WAIT
+from jobs.runtime.cluster import QUIET, free_ports
+from jobs.runtime.patience import PATIENT, START_TIMEOUT_S
+from jobs.runtime.stopping import RAY_STOP_WAIT
 from megacontext.errors import UserError
 from megacontext.telemetry.provenance import ram_bytes
 

@@ -77,7 +77,7 @@ def joining(address: str) -> Iterator[None]:
     """Around `ray.init` of a process that joins the cluster at RAY_ADDRESS: what fails there becomes a UserError."""
     import ray.exceptions
 
-    remedy = "Unset RAY_ADDRESS to start Ray here, or submit the job to the cluster: .venv/bin/python -m jobs.submit -- python jobs/…"
+    remedy = "Unset RAY_ADDRESS to start Ray here, or submit the job to the cluster: .venv/bin/python -m jobs.runtime.submit -- python jobs/…"
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS is {address!r}, which takes submitted jobs; this process cannot join it. {remedy}"

@@ -62,7 +62,7 @@ def _joins_cluster(launcher: str) -> bool:
 def _cluster_resources() -> dict[str, float]:
     import ray
 
-    from jobs.cluster import start_ray
+    from jobs.runtime.cluster import start_ray
 
     start_ray()
     resources: dict[str, float] = ray.cluster_resources()
