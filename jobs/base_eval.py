@@ -33,6 +33,7 @@ from megacontext.eval.core_tasks import CoreBundle, load_bundle
 from megacontext.eval.ngram import evaluate_ngrams
 from megacontext.eval.samples import continuations
 from megacontext.model.gpt import GPT
+from megacontext.stages import BASE_EVAL
 from megacontext.train.worker import choose_device, prepare_process
 
 SECTIONS = [RunConfig, DataConfig, EvalConfig]
@@ -145,7 +146,7 @@ def _timed(name: str, work: Callable[[], Value]) -> Value:
     return result
 
 
-JOB = Job("base_eval", run, ready, inputs=inputs)
+JOB = Job(BASE_EVAL, run, ready, inputs=inputs)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from megacontext.data.shards import MANIFEST, Manifest
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError, MegaContextError
 from megacontext.precision import usable_cores
+from megacontext.stages import PREPARE_DATA
 
 SECTIONS = [RunConfig, DataConfig]
 SPLITS = ("train", "val")
@@ -261,7 +262,7 @@ def _metrics(manifests: Mapping[str, Manifest], new_tokens: int, seconds: float)
     return metrics
 
 
-JOB = StageJob("prepare_data", run, ready, has_shards)
+JOB = StageJob(PREPARE_DATA, run, ready, has_shards)
 
 
 def main() -> None:

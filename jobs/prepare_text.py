@@ -17,6 +17,7 @@ from jobs.runtime import cli
 from jobs.runtime.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import corpus, download, parquet
+from megacontext.stages import PREPARE_TEXT
 
 SECTIONS = [RunConfig, DataConfig]
 
@@ -49,7 +50,7 @@ def run(args: cli.Args) -> dict[str, Any]:
     }
 
 
-JOB = Job("prepare_text", run, ready)
+JOB = Job(PREPARE_TEXT, run, ready)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from jobs.runtime.stage import Job, run_stage
 from megacontext.config import DataConfig, RunConfig
 from megacontext.data import parquet
 from megacontext.data.tokenizer import Tokenizer
+from megacontext.stages import TOK_EVAL
 
 SECTIONS = [RunConfig, DataConfig]
 SPLIT_CHARS = 2_000_000  # characters read of each split
@@ -186,7 +187,7 @@ def print_table(ratios: Mapping[str, Mapping[str, float]]) -> None:
         print(f"{name:16}" + "".join(f"{row[name]:8.3f}" for row in ratios.values()), flush=True)
 
 
-JOB = Job("tok_eval", run, ready=inputs, inputs=inputs)
+JOB = Job(TOK_EVAL, run, ready=inputs, inputs=inputs)
 
 
 def main() -> None:

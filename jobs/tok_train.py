@@ -29,6 +29,7 @@ from megacontext.data import parquet
 from megacontext.data.identity import FileIdentity, check_unchanged, from_json, identify_all
 from megacontext.data.tokenizer import PICKLE_NAME, TOKEN_BYTES_NAME, Tokenizer
 from megacontext.errors import CheckpointError, DataError
+from megacontext.stages import TOK_TRAIN
 
 SECTIONS = [RunConfig, DataConfig]
 RECORD_NAME = "tok_train.json"
@@ -190,7 +191,7 @@ def counted(texts: Iterable[str], counts: dict[str, int], max_chars: int, line_e
             yield text
 
 
-JOB = Job("tok_train", run, ready, has_tokenizer)
+JOB = Job(TOK_TRAIN, run, ready, has_tokenizer)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from megacontext.errors import UserError
+from megacontext.stages import Stage, among
 
 
 def flag(
@@ -32,8 +33,8 @@ def flag(
 
     low, high: the smallest and the largest number allowed. above: numbers must be larger than this one; replaces `low`.
     off: a number outside these limits that is allowed too (-1 where it means "off").
-    stages: the stages that read the setting; unless given, those of the section.
-    decides: the stages whose result depends on the setting; unless given, all that read it.
+    stages: the stages, or kinds of stages, that read the setting; unless given, those of the section.
+    decides: those whose result depends on the setting; unless given, all that read it.
     machine: the setting says where or how one job runs. A later job of the run does not take it over.
     shape: the setting decides which weights a model has, so `--init_from` takes it from the model.
     """
@@ -59,21 +60,21 @@ class Section:
             check_value(item, getattr(self, item.name))
 
 
-def readers(section: type[Section], item: Field[Any]) -> tuple[str, ...]:
-    """The stages that read a setting."""
-    stages = item.metadata["stages"]
-    return section.stages if stages is None else tuple(stages)
+def reads(stage: Stage, section: type[Section], item: Field[Any]) -> bool:
+    """Whether a stage reads a setting."""
+    readers = item.metadata["stages"]
+    return among(stage, section.stages if readers is None else readers)
 
 
-def decided(section: type[Section], item: Field[Any]) -> tuple[str, ...]:
-    """The stages whose result depends on a setting."""
-    stages = item.metadata["decides"]
-    return readers(section, item) if stages is None else tuple(stages)
+def decides(stage: Stage, section: type[Section], item: Field[Any]) -> bool:
+    """Whether the result of a stage depends on a setting."""
+    deciding = item.metadata["decides"]
+    return reads(stage, section, item) if deciding is None else among(stage, deciding)
 
 
-def free_flags(section: type[Section], stage: str) -> frozenset[str]:
+def free_flags(section: type[Section], stage: Stage) -> frozenset[str]:
     """Names of a section's settings on which the result of a stage does not depend."""
-    return frozenset(item.name for item in fields(section) if stage not in decided(section, item))
+    return frozenset(item.name for item in fields(section) if not decides(stage, section, item))
 
 
 def check_value(item: Field[Any], value: Any) -> None:

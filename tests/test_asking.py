@@ -18,8 +18,8 @@ from megacontext.inference.focus import LensScorer
 from megacontext.model.gpt import GPT
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective
-from megacontext.train.recall_mix import RecallBatch, RecallMix
-from megacontext.train.step_plan import QUIET_WINDOWS, route_tensors
+from megacontext.train.memory_plan import NEGATIVE_WINDOWS, route_tensors
+from megacontext.train.recall_mix import RecallMix
 from megacontext.train.views import ViewSettings
 
 T, VOCAB, ROWS = 128, 400, 6
@@ -40,41 +40,41 @@ def mixed(first: int, rows: int = ROWS, share: float = 0.5) -> Batch:
     """Rows of text without the tasks' grammar, numbers `first` and after, some of them tasks."""
     positions = np.arange(first, first + rows)
     ids = torch.stack([torch.from_numpy(np.random.default_rng(int(at)).integers(100, 390, T + 1)) for at in positions])
-    return RecallMix(share, 3, WORDS, T + 1, 8).mixed(Batch(ids, None, positions, positions))
+    return RecallMix(share, 3, WORDS, T + 1, 8).mixed(Batch(ids, positions, positions))
 
 
-def test_quiet_windows_are_of_their_row_and_ask_nothing() -> None:
+def test_negative_windows_are_of_their_row_and_ask_nothing() -> None:
     batch = mixed(0)
-    assert isinstance(batch, RecallBatch)
-    tasks = (batch.question_position >= 0).any(1)
+    assert batch.questions is not None
+    tasks = (batch.questions.position >= 0).any(1)
     assert 0 < tasks.sum() < ROWS
-    quiet = route_tensors(ViewSettings.of(MEMORY, T), 7, batch, CPU)
-    assert quiet.quiet_weights.sum() == pytest.approx(len(quiet.quiet) / QUIET_WINDOWS)
-    assert len(quiet.quiet) % QUIET_WINDOWS == 0
+    quiet = route_tensors(ViewSettings.of(MEMORY, T), 7, batch)
+    assert quiet.negative_weights.sum() == pytest.approx(len(quiet.negatives) / NEGATIVE_WINDOWS)
+    assert len(quiet.negatives) % NEGATIVE_WINDOWS == 0
     of_rows = batch.ids.unfold(1, 32, 1)
     owners = []
-    for window in quiet.quiet:
+    for window in quiet.negatives:
         row, start = (of_rows == window).all(2).nonzero()[0].tolist()
         owners.append(row)
         if tasks[row]:
-            asked = batch.question_position[row]
+            asked = batch.questions.position[row]
             assert start + 31 < asked[asked >= 0].min() - 2, "the window ends before the first question"
     assert set(np.flatnonzero(~tasks).tolist()) <= set(owners)
     assert set(owners) & set(np.flatnonzero(tasks).tolist())
 
 
-def test_quiet_windows_do_not_depend_on_the_other_rows() -> None:
+def test_negative_windows_do_not_depend_on_the_other_rows() -> None:
     views = ViewSettings.of(MEMORY, T)
-    together = route_tensors(views, 7, mixed(0), CPU).quiet
-    parts = [route_tensors(views, 7, mixed(first, 2), CPU).quiet for first in (0, 2, 4)]
+    together = route_tensors(views, 7, mixed(0)).negatives
+    parts = [route_tensors(views, 7, mixed(first, 2)).negatives for first in (0, 2, 4)]
     assert torch.equal(together, torch.cat(parts))
-    assert not torch.equal(together, route_tensors(views, 8, mixed(0), CPU).quiet)
+    assert not torch.equal(together, route_tensors(views, 8, mixed(0)).negatives)
 
 
-def test_a_micro_batch_of_text_has_quiet_windows_alone() -> None:
-    tensors = route_tensors(ViewSettings.of(MEMORY, T), 7, mixed(0, share=0.0), CPU)
+def test_a_micro_batch_of_text_has_negative_windows_alone() -> None:
+    tensors = route_tensors(ViewSettings.of(MEMORY, T), 7, mixed(0, share=0.0))
     assert len(tensors.windows) == len(tensors.allowed) == len(tensors.weights) == 0
-    assert len(tensors.quiet) == ROWS * QUIET_WINDOWS
+    assert len(tensors.negatives) == ROWS * NEGATIVE_WINDOWS
 
 
 def test_text_weighs_as_much_as_there_are_rows() -> None:
@@ -87,7 +87,7 @@ def test_text_weighs_as_much_as_there_are_rows() -> None:
         objective = MemoryObjective(model, 5, rows, world, lambda step: 0.5, RunningScales())
         batch = mixed(0, share=0.0)
         loss = objective._route(
-            build_levels(batch.inputs, model.memory, 1)[0], route_tensors(objective.settings, 5, batch, CPU)
+            build_levels(batch.inputs, model.memory, 1)[0], route_tensors(objective.settings, 5, batch)
         )
         assert loss.item() == pytest.approx(math.log(2))
 
@@ -103,13 +103,13 @@ def test_the_router_learns_whether_something_is_asked() -> None:
         objective.begin(step)
         batch = mixed(ROWS * step)
         leaves = build_levels(batch.inputs, memory, 1)[0]
-        loss = objective._route(leaves, route_tensors(objective.settings, 5, batch, CPU))
+        loss = objective._route(leaves, route_tensors(objective.settings, 5, batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    unseen = route_tensors(objective.settings, 5, mixed(100_000), CPU)
+    unseen = route_tensors(objective.settings, 5, mixed(100_000))
     asked = memory.query(unseen.windows)[1].sigmoid().mean()
-    quiet = memory.query(unseen.quiet)[1].sigmoid().mean()
+    quiet = memory.query(unseen.negatives)[1].sigmoid().mean()
     assert asked > 0.9
     assert quiet < 0.1
 

@@ -13,6 +13,7 @@ from test_mc_training import MEMORY, make_mc_task, records, train_here
 
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.shards import Manifest, ids_dtype, write_shard
+from megacontext.data.tokenizer import Tokenizer
 from megacontext.train import auto_batch, setup
 from megacontext.train.auto_batch import fitting_batch, free_memory, saved_bytes
 from megacontext.train.setup import choose_sizes, known_batch
@@ -47,7 +48,7 @@ def test_rows_of_the_cpu_tier_stay_as_they_are_with_10_gb_free(
     task = make_mc_task(tmp_path, "run", MemoryConfig(mc=1), device_batch_size=8, total_batch_size=8 * 128)
     with_free(monkeypatch, 10 * GB)
     shards = tmp_path / "long"
-    _write_rows(shards, 513)
+    _write_rows(shards, 513, Tokenizer.load(task.tokenizer_dir).digest)
     task = replace(task, gpt=gpt, train_tokens_dir=str(shards))
     assert batch_of(task) == 8
     assert capsys.readouterr().out == ""
@@ -55,10 +56,10 @@ def test_rows_of_the_cpu_tier_stay_as_they_are_with_10_gb_free(
     assert 60 * MB < row < 150 * MB  # 115 MB a row at the peak of a real step (record of 2026-11-27)
 
 
-def _write_rows(folder: Path, row_tokens: int) -> None:
+def _write_rows(folder: Path, row_tokens: int, tokenizer_digest: str) -> None:
     ids = np.random.default_rng(0).integers(0, 850, (2, row_tokens)).astype(ids_dtype(8192))
     info = write_shard(str(folder / "shard_00000.arrow"), {"ids": ids})
-    Manifest(version=1, split="train", row_tokens=row_tokens, dtype="uint16", vocab_size=8192, tokenizer_digest="",
+    Manifest(version=1, split="train", row_tokens=row_tokens, dtype="uint16", vocab_size=8192, tokenizer_digest=tokenizer_digest,
              columns=("ids",), shards=(info,), documents=2, tokens_in=1, tokens_kept=1, source={}).write(str(folder))  # fmt: skip
 
 

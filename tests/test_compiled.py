@@ -17,7 +17,7 @@ from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
 from megacontext.train.lens_loss import RunningScales
 from megacontext.train.memory_objective import MemoryObjective
-from megacontext.train.setup import any_length_trunk
+from megacontext.train.recipe import any_length_trunk
 from megacontext.train.throughput import Stopwatch
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_compiled_twin_trains_as_the_model_does(monkeypatch: pytest.MonkeyPatch)
 def test_a_step_with_a_memory_compiles_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     trace(monkeypatch)
     results = []
-    batch = Batch(torch.from_numpy(np.random.default_rng(0).integers(0, 64, (2, 65))), None, np.arange(2), np.arange(2))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (2, 65)))
     for compile_it in (False, True):
         model = GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
         model.attach_memory(MemoryConfig(mc=1, block_size=4, routing_slots=2, routing_width=8, allocator_recent_tokens=12,
@@ -88,7 +88,8 @@ def test_a_step_with_a_memory_compiles_once_for_all_lengths(monkeypatch: pytest.
         losses = []
         for step in range(3):  # a shorter length each
             objective.begin(step)
-            loss = objective.loss(batch, CPU, 0.01, Stopwatch(CPU))
+            batch = Batch(ids, np.arange(2) + 2 * step, np.arange(2))  # of that step
+            loss = objective.loss(objective.plan(batch), 0.01, Stopwatch(CPU))
             loss.backward()
             losses.append(loss.item())
             assert graphs() == 2 * compile_it  # one of the rows, one of variants

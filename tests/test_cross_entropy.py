@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.model import cross_entropy
-from megacontext.model.cross_entropy import linear_cross_entropy, taught_cross_entropy, weighted_cross_entropy
+from megacontext.model.cross_entropy import distillation_cross_entropy, linear_cross_entropy, weighted_cross_entropy
 
 CAP = 15.0
 
@@ -154,7 +154,7 @@ def test_a_teacher_is_part_of_the_target(rows: int) -> None:
     losses = -logs[0].gather(-1, targets[:, None])[:, 0]
     expected = (weights * ((1 - share) * losses + share * divergences)).sum()
     dx, dw = torch.autograd.grad(expected, (x, weight))
-    total, each, apart = taught_cross_entropy(x, weight, targets, weights, teacher, share, cap=CAP)
+    total, each, apart = distillation_cross_entropy(x, weight, targets, weights, teacher, share, cap=CAP)
     got_dx, got_dw = torch.autograd.grad(2 * total, (x, weight))
     assert relative(total, expected) < 1e-6
     assert relative(each, weights * losses) < 1e-5
@@ -168,8 +168,8 @@ def test_a_teacher_is_part_of_the_target(rows: int) -> None:
 def test_no_gradient_reaches_the_teacher_and_a_share_of_nothing_is_no_teacher() -> None:
     x, weight, targets = problem(30, 37)
     teacher, weights = problem(30, 37, seed=1)[0], torch.ones(30)
-    total, *_ = taught_cross_entropy(x, weight, targets, weights, teacher, torch.full((30,), 0.5), cap=CAP)
+    total, *_ = distillation_cross_entropy(x, weight, targets, weights, teacher, torch.full((30,), 0.5), cap=CAP)
     assert torch.autograd.grad(total, (x, teacher), allow_unused=True)[1] is None
     alone, _ = weighted_cross_entropy(x, weight, targets, weights, cap=CAP)
-    total, *_ = taught_cross_entropy(x, weight, targets, weights, teacher, torch.zeros(30), cap=CAP)
+    total, *_ = distillation_cross_entropy(x, weight, targets, weights, teacher, torch.zeros(30), cap=CAP)
     assert total.item() == pytest.approx(alone.item(), rel=1e-6)

@@ -10,7 +10,9 @@ import torch
 
 from megacontext.config import MemoryConfig
 from megacontext.train import lens_loss
-from megacontext.train.lens_loss import RunningScales, compare, lens_terms, route
+from megacontext.train.lens_loss import RunningScales, compare, lens_terms
+from megacontext.train.memory_metrics import correlation
+from megacontext.train.route_loss import route
 
 B, N, BLOCKS = 3, 5, 7
 CONFIG = MemoryConfig(mc=1)
@@ -113,7 +115,7 @@ def test_scores_trained_on_it_order_the_blocks_by_what_they_help() -> None:
     assert found.argmax() == 2
     assert found.argmin() == 5
     assert found[2] > 0.3
-    corr, exists = lens_loss.correlation(pairs.preference.detach(), advantage)
+    corr, exists = correlation(pairs.preference.detach(), advantage)
     assert exists.item() == 1
     assert corr.item() < -0.8
 
@@ -158,7 +160,7 @@ def test_utility_gives_scores_their_size() -> None:
 def test_correlation_within_rows_and_none_where_nothing_varies() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [3.0, 2.0, 1.0]])
     y = torch.tensor([[2.0, 4.0, 6.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    found, exists = lens_loss.correlation(x, y)
+    found, exists = correlation(x, y)
     assert found.tolist() == pytest.approx([1.0, 0.0, -1.0])
     assert exists.tolist() == [1.0, 0.0, 1.0]
 

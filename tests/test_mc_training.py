@@ -17,6 +17,7 @@ from tiny import make_task
 
 import megacontext as mc
 from jobs.runtime import cli
+from jobs.training import SECTIONS
 from megacontext.checkpoint import Checkpoint, load_checkpoint
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
 from megacontext.data.recall import recall_rows
@@ -249,21 +250,20 @@ def test_every_parameter_has_a_rule_and_matrices_of_the_memory_go_to_muon() -> N
 
 @pytest.mark.parametrize("given", [["--mc"], ["--mc", "1"], ["--mc=1"]])
 def test_mc_may_stand_alone_or_with_its_value(given: list[str], tmp_path: Path) -> None:
-    from jobs import base_train, speedrun
+    from jobs import speedrun
 
-    for job in (base_train, speedrun):
+    for sections in (SECTIONS, speedrun.SECTIONS):
         argv = ["--tier", "cpu", "--base_dir", str(tmp_path), *given, "--mc_recall_share", "0.25"]
-        args = cli.parse(job.SECTIONS, None, argv)
+        args = cli.parse(sections, None, argv)
         assert (args.memory.mc, args.memory.mc_recall_share) == (1, 0.25)
         assert cli.flat_config(args)["memory"] == asdict(args.memory)
-    assert cli.parse(base_train.SECTIONS, None, ["--tier", "cpu"]).memory.mc == 0
+    assert cli.parse(SECTIONS, None, ["--tier", "cpu"]).memory.mc == 0
 
 
 def test_settings_that_cannot_be_end_the_job_with_their_message() -> None:
-    from jobs import base_train
 
     with pytest.raises(SystemExit, match="--block_size is 1; it must be at least 2"):
-        cli.parse(base_train.SECTIONS, None, ["--tier", "cpu", "--mc", "--block_size", "1"])
+        cli.parse(SECTIONS, None, ["--tier", "cpu", "--mc", "--block_size", "1"])
 
 
 def test_steps_are_spans_with_what_they_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

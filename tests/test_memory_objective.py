@@ -18,17 +18,16 @@ from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
 from megacontext.train.attention_labels import block_attention, first_labelled, relative_scores
 from megacontext.train.lens_loss import RunningScales
-from megacontext.train.memory_objective import MemoryObjective, node_table
-from megacontext.train.objective import next_token_loss
-from megacontext.train.recall_mix import RecallBatch, RecallMix
-from megacontext.train.step_plan import (
-    kept_blocks,
+from megacontext.train.memory_objective import MemoryObjective, node_inputs
+from megacontext.train.memory_plan import (
     lens_tensors,
+    preferred_blocks,
     route_tensors,
-    row_emphasis,
-    view_emphasis,
     view_tensors,
+    view_weights,
 )
+from megacontext.train.objective import TokenObjective
+from megacontext.train.recall_mix import RecallMix
 from megacontext.train.throughput import Stopwatch
 from megacontext.train.views import (
     ViewSettings,
@@ -60,8 +59,8 @@ def new_model(memory: MemoryConfig | None = MEMORY, config: GPTConfig = GPT_CONF
 def new_batch(rows: int = ROWS, seed: int = 0, masked: bool = False) -> Batch:
     generator = np.random.default_rng(seed)
     ids = torch.from_numpy(generator.integers(0, VOCAB, (rows, T + 1)))
-    mask = torch.from_numpy((generator.random((rows, T + 1)) < 0.7).astype(np.uint8)) if masked else None
-    return Batch(ids, mask, np.arange(rows), np.arange(rows))
+    weights = torch.from_numpy((generator.random((rows, T)) < 0.7).astype(np.float32)) if masked else None
+    return Batch(ids, np.arange(rows), np.arange(rows), weights)
 
 
 def objective_of(model: GPT, rows_per_step: int = ROWS, world: int = 1, progress: float = 0.6) -> MemoryObjective:
@@ -70,7 +69,7 @@ def objective_of(model: GPT, rows_per_step: int = ROWS, world: int = 1, progress
 
 def loss_of(objective: MemoryObjective, batch: Batch, scale: float = 1 / (ROWS * T)) -> torch.Tensor:
     objective.begin(0)
-    return objective.loss(batch, CPU, scale, Stopwatch(CPU))
+    return objective.loss(objective.plan(batch), scale, Stopwatch(CPU))
 
 
 def means(objective: MemoryObjective) -> dict[str, float]:
@@ -93,9 +92,10 @@ def test_token_loss_is_the_vanilla_loss_bit_for_bit(masked: bool) -> None:
     off = replace(MEMORY, mc_gist_loss_weight=0.0, mc_lens_loss_weight=0.0, mc_route_loss_weight=0.0)
     model.memory.config = objective.config = off  # type: ignore[union-attr]
     vanilla = new_model(None)
-    expected = grads(vanilla, next_token_loss(vanilla, batch, CPU, 0.01))
+    tokens = TokenObjective(vanilla)
+    expected = grads(vanilla, tokens.loss(tokens.plan(batch), 0.01, Stopwatch(CPU)))
     loss = loss_of(objective, batch, 0.01)
-    assert torch.equal(loss, next_token_loss(vanilla, batch, CPU, 0.01))
+    assert torch.equal(loss, tokens.loss(tokens.plan(batch), 0.01, Stopwatch(CPU)))
     found = grads(model, loss)
     for name, grad in expected.items():
         assert torch.equal(found[name], grad), name
@@ -112,7 +112,7 @@ def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -
     found = means(objective)
 
     views = objective.settings
-    plan = draw_views(views, 5, batch.positions, 0.6, kept_blocks(views, batch, views.entries(0.6))).variants
+    plan = draw_views(views, 5, batch.positions, 0.6, preferred_blocks(views, batch, 0.6)).variants
     with torch.no_grad():
         levels = [batch.inputs, *build_levels(batch.inputs, model.memory, 2)]
         raw_states = model.hidden(batch.inputs)
@@ -134,7 +134,7 @@ def test_variants_loss_equals_one_view_at_a_time(kind: str, token_shift: bool) -
             for at, (level, index) in enumerate(entries):
                 end = (index + 1) * 4**level
                 target = int(batch.ids[row, end])
-                if (at + 1 == len(entries) or entries[at + 1][0] == 0) and batch.mask[row, end]:  # type: ignore[index]
+                if (at + 1 == len(entries) or entries[at + 1][0] == 0) and batch.weights[row, end - 1]:  # type: ignore[index]
                     loss = F.cross_entropy(logits[at], torch.tensor(target)).item()
                     of_view.append(loss)
                     apart.append(
@@ -177,14 +177,14 @@ def test_a_token_changes_no_loss_before_it(token: int, seed: int) -> None:
     plan = draw_views(views, seed, batch.positions, 0.7).variants
     changed = batch.ids.clone()
     changed[:, token] = (changed[:, token] + 1) % VOCAB
-    tensors = view_tensors(model, views, plan, batch.targets.numpy(), CPU)
-    aims = plan.target_tokens().reshape(-1)[tensors.rows.numpy()]
+    tensors = view_tensors(model, views, plan, batch.targets.numpy())
+    aims = plan.target_tokens().reshape(-1)[tensors.entry.numpy()]
     with torch.no_grad():
         results = []
         for ids in (batch.ids[:, :-1], changed[:, :-1]):
-            table = node_table(model.memory, model.embed(ids), build_levels(ids, model.memory, 2))
+            table = node_inputs(model.memory, model.embed(ids), build_levels(ids, model.memory, 2))
             states = model.trunk(table[tensors.gather].view(*tensors.shape, -1), tensors.rotary).flatten(0, 1)
-            results.append(model.head(states[tensors.rows]))
+            results.append(model.head(states[tensors.entry]))
     same = (results[0] == results[1]).all(1).numpy()
     assert same[aims <= token].all()
     assert not same[aims > token].all()
@@ -195,9 +195,9 @@ def test_the_raw_view_as_a_plan_is_the_vanilla_forward_pass() -> None:
 
     model, batch = new_model(), new_batch()
     views = ViewSettings.of(MEMORY, T)
-    tensors = view_tensors(model, views, all_raw_plan(ROWS, T, 4), batch.targets.numpy(), CPU)
+    tensors = view_tensors(model, views, all_raw_plan(ROWS, T, 4), batch.targets.numpy())
     with torch.no_grad():
-        table = node_table(model.memory, model.embed(batch.inputs), build_levels(batch.inputs, model.memory, 2))
+        table = node_inputs(model.memory, model.embed(batch.inputs), build_levels(batch.inputs, model.memory, 2))
         states = model.trunk(table[tensors.gather].view(ROWS, T, -1), tensors.rotary)
         assert torch.equal(model.head(states), new_model(None)(batch.inputs))
 
@@ -213,9 +213,7 @@ def test_micro_batches_and_workers_add_up_to_the_whole_step(share: float) -> Non
     assert bool(expected["memory.router.gate.weight"].any()) == (share > 0)
     for world in (1, 2):
         objective = objective_of(model, 4, world)
-        parts = [
-            Batch(whole.ids[at : at + 2], None, whole.positions[at : at + 2], whole.rows[at : at + 2]) for at in (0, 2)
-        ]
+        parts = [Batch(whole.ids[at : at + 2], whole.positions[at : at + 2], whole.rows[at : at + 2]) for at in (0, 2)]
         total = sum((loss_of(objective, part, world / (4 * T)) for part in parts), torch.zeros(())) / world
         for name, grad in grads(model, total).items():
             assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-9, name
@@ -257,15 +255,12 @@ def test_attention_to_the_first_tokens_of_a_row_teaches_nothing() -> None:
     first = first_labelled(blocks, 8)
     assert (first, blocks) == (1, 7)  # no more than a quarter
     assert first_labelled(62, 16) == 2
-    scores = torch.zeros(2, blocks, requires_grad=True)
     layer_inputs: list[torch.Tensor] = []
     model.trunk(model.embed(batch.inputs), model.rotary_table.slice(0, T, CPU), layer_inputs=layer_inputs)
     found = block_attention(model, layer_inputs, torch.arange(2), objective.settings.horizon, blocks, 8)[:, first:]
-    loss = objective._attention(layer_inputs, torch.arange(2), scores)
-    assert loss.item() == pytest.approx(relative_scores(found).square().mean().item(), rel=1e-5)
-    (grad,) = torch.autograd.grad(loss, scores)
-    assert not grad[:, :first].any()
-    assert grad[:, first:].all()
+    labels = objective.attention_labels(layer_inputs, torch.arange(2))
+    assert labels.shape == (2, blocks - first)
+    assert torch.allclose(labels, relative_scores(found))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +270,7 @@ def test_attention_to_the_first_tokens_of_a_row_teaches_nothing() -> None:
         {"mc_lens_rank_weight": 0.0}, {"mc_lens_margin": 0.5}, {"mc_lens_temperature": 0.2},
         {"mc_lens_hard_negative_ratio": 0.3}, {"mc_max_counterfactuals": 3}, {"mc_lens_attention_weight": 0.0}, {"mc_lens_loss_weight": 0.5},
         {"mc_gist_penalty_weight": 1.0}, {"mc_gist_teacher_share": 0.5}, {"mc_gist_loss_weight": 0.5}, {"mc_route_loss_weight": 0.5},
-        {"mc_num_random_variants": 2}, {"mc_recall_answer_weight": 1.0}, {"mc_train_wc_length": 32}, {"allocator_recent_tokens": 4}, {"max_lod": 1},
+        {"mc_num_random_variants": 2}, {"mc_train_wc_length": 32}, {"allocator_recent_tokens": 4}, {"max_lod": 1},
         {"gistnet_type": "mean"}, {"gistnet_layers": 4}, {"gistnet_pooling": "query"}, {"gistnet_head": "linear"},
         {"lensnet_layers": 4}, {"lensnet_head": "linear"}, {"positional_type": "gaussian"}, {"positional_type": "gaussian_alibi"}, {"routing_slots": 4},
         {"routing_width": 16}, {"mc_aux_dtype": "bf16"}, {"block_size": 16},
@@ -291,6 +286,14 @@ def test_every_flag_of_training_has_an_effect(change: dict[str, float]) -> None:
     assert losses[0] != losses[1]
 
 
+def test_the_weight_of_answers_has_an_effect() -> None:
+    losses = []
+    for weight in (1.0, 16.0):
+        batch = RecallMix(0.5, 3, WORDS, T + 1, 8, weight).mixed(new_batch(4))
+        losses.append(loss_of(objective_of(new_model(TASKS)), batch).item())
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize(("flag", "value"), [("mc_lens_adv_norm_beta", 0.5), ("mc_lens_budget_smooth_beta", 0.5)])
 def test_memories_of_running_means_have_an_effect(flag: str, value: float) -> None:
     losses = []
@@ -298,7 +301,7 @@ def test_memories_of_running_means_have_an_effect(flag: str, value: float) -> No
         objective = objective_of(new_model(replace(memory, mc_lens_budget_smooth_weight=1.0, mc_recall_share=0.0)))
         for seed in range(3):
             loss = loss_of(objective, new_batch(4, seed))
-            objective.finish(objective.meter.totals().tolist())
+            objective.finish(0.0, objective.totals().tolist())
         losses.append(loss.item())
     assert losses[0] != losses[1]
 
@@ -306,7 +309,7 @@ def test_memories_of_running_means_have_an_effect(flag: str, value: float) -> No
 def test_metrics_are_those_of_the_specification() -> None:
     objective = objective_of(new_model(TASKS))
     loss_of(objective, RecallMix(0.5, 3, WORDS, T + 1, 8).mixed(new_batch(8)))
-    metrics = objective.finish(objective.meter.totals().tolist())
+    metrics = objective.finish(0.0, objective.totals().tolist()).metrics
     named = {
         "token_loss", "lens_loss", "gist_loss", "variants_total", "variants_mean", "adv_delta_mean", "adv_delta_p95",
         "adv_delta_std", "lod_loss/0", "lod_count/0", "lod_loss/1", "lod_count/1", "preference_corr_mean", "preference_agreement",
@@ -321,23 +324,23 @@ def test_metrics_are_those_of_the_specification() -> None:
 def test_routing_asks_at_the_question_and_offers_only_what_was_read() -> None:
     views = ViewSettings.of(TASKS, T)
     batch = RecallMix(1.0, 3, WORDS, T + 1, 8).mixed(new_batch(3))
-    assert isinstance(batch, RecallBatch)
-    questions = route_tensors(views, 3, batch, CPU)
+    assert batch.questions is not None
+    questions = route_tensors(views, 3, batch)
     blocks, number = T // 8, 0
     for row in range(3):
         for position, evidence, earlier in zip(
-            batch.question_position[row], batch.evidence_block[row], batch.earlier_block[row], strict=True
+            batch.questions.position[row], batch.questions.evidence[row], batch.questions.earlier[row], strict=True
         ):
             if position < 31:
                 continue
             assert questions.windows[number].tolist() == batch.ids[row, position - 31 : position + 1].tolist()
             right = {evidence, *earlier.tolist()} - {-1}
-            assert questions.evidence[number, 0] == row * blocks + evidence
-            assert set(questions.evidence[number].tolist()) == {row * blocks + block for block in right}
+            assert questions.positives[number, 0] == row * blocks + evidence
+            assert set(questions.positives[number].tolist()) == {row * blocks + block for block in right}
             shares = [1 / len(right) if block >= 0 else 0.0 for block in (evidence, *earlier)]
-            assert questions.share[number].tolist() == pytest.approx(shares)
+            assert questions.probability[number].tolist() == pytest.approx(shares)
             allowed = questions.allowed[number].view(3, blocks)
-            told = batch.evidence_block[row].max() + 1
+            told = batch.questions.evidence[row].max() + 1
             assert allowed[row].nonzero().max() == min((position + 1 - QUESTION_TOKENS) // 8, told) - 1
             assert allowed[np.arange(3) != row].all()
             number += 1
@@ -347,28 +350,28 @@ def test_routing_asks_at_the_question_and_offers_only_what_was_read() -> None:
 
 def test_answers_weigh_more_where_their_evidence_is_raw_and_metrics_do_not_know() -> None:
     """Weight by weight: of a row always, of a view only where it shows the block that states the answer."""
-    views, batch = ViewSettings.of(TASKS, T), RecallMix(1.0, 3, WORDS, T + 1, 8).mixed(new_batch(3))
-    assert isinstance(batch, RecallBatch)
+    views, batch = ViewSettings.of(TASKS, T), RecallMix(1.0, 3, WORDS, T + 1, 8, 16.0).mixed(new_batch(3))
+    assert batch.questions is not None
     plan = draw_views(views, 5, batch.positions, 0.3).variants
-    rows, shown = row_emphasis(batch, 16.0), view_emphasis(views, plan, batch, 16.0)
+    rows, shown = batch.weights, view_weights(plan, batch)
     assert rows is not None
     assert shown is not None
     expected, of_views = np.ones((3, T)), np.ones((len(plan.sequence), T))
     for row in range(3):
-        for position, block in zip(batch.question_position[row], batch.evidence_block[row], strict=True):
+        for position, block in zip(batch.questions.position[row], batch.questions.evidence[row], strict=True):
             if position < 0:
                 continue
             expected[row, position] = 16
             for view in np.flatnonzero(plan.sequence == row):
                 if (0, block * 8) in plan.context(view).entries:
                     of_views[view, position] = 16
-    assert np.array_equal(rows, expected)
+    assert np.array_equal(rows.numpy(), expected)
     assert np.array_equal(shown, of_views)
     assert 1 < of_views.mean() < expected.mean()
     found = []
     for weight in (1.0, 16.0):
-        objective = objective_of(new_model(replace(TASKS, mc_recall_answer_weight=weight)), 3)
-        loss_of(objective, batch)
+        objective = objective_of(new_model(TASKS), 3)
+        loss_of(objective, RecallMix(1.0, 3, WORDS, T + 1, 8, weight).mixed(new_batch(3)))
         found.append(means(objective))
     for name in ("token_loss", "gist_ce", "lod_loss/0"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
@@ -379,7 +382,7 @@ def test_the_lens_is_asked_before_what_it_is_judged_by() -> None:
     model, batch = new_model(), new_batch(2)
     views = ViewSettings.of(MEMORY, T)
     plans = draw_views(views, 0, batch.positions, 0.8)
-    lens = lens_tensors(model, views, plans.reference, plans.variants, np.arange(2), CPU)
+    lens = lens_tensors(model, views, plans.reference, plans.variants, np.arange(2))
     changed = batch.inputs.clone()
     changed[:, -views.horizon :] = (changed[:, -views.horizon :] + 1) % VOCAB
     query = batch.inputs.clone()
@@ -387,7 +390,7 @@ def test_the_lens_is_asked_before_what_it_is_judged_by() -> None:
     scores = []
     with torch.no_grad():
         for ids in (batch.inputs, changed, query):
-            table = node_table(model.memory, model.embed(ids), build_levels(ids, model.memory, 2))
+            table = node_inputs(model.memory, model.embed(ids), build_levels(ids, model.memory, 2))
             entries = table[lens.gather].view(*lens.shape, -1)
             scores.append(model.memory.scores(entries, lens.level, lens.rotary))
     assert torch.equal(scores[0], scores[1])

@@ -53,9 +53,11 @@ def assert_same(ours: Batch, want: Batch) -> None:
     assert np.array_equal(ours.rows, want.rows)
     assert ours.ids.dtype == want.ids.dtype
     assert ours.ids.equal(want.ids)
-    assert ours.mask is not None
-    assert want.mask is not None
-    assert ours.mask.equal(want.mask)
+    assert ours.weights is not None
+    assert want.weights is not None
+    assert ours.weights.equal(want.weights)
+    assert np.array_equal(ours.kind, want.kind)
+    assert np.array_equal(ours.end, want.end)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megacontext.data.recall_words import WordList
-from megacontext.data.stream import Batch
+from megacontext.data.stream import TASK, Batch
 from megacontext.errors import UserError
-from megacontext.train.recall_mix import RecallBatch, RecallMix
+from megacontext.train.recall_mix import RecallMix
 
 T, VOCAB = 256, 600
 WORDS = WordList.from_ids(np.arange(50, 550), bos=0)
@@ -17,8 +17,8 @@ WORDS = WordList.from_ids(np.arange(50, 550), bos=0)
 
 def batch_at(positions: np.ndarray, masked: bool = False) -> Batch:
     rows = [np.random.default_rng(int(position)).integers(0, VOCAB, T + 1) for position in positions]
-    mask = torch.zeros(len(rows), T + 1, dtype=torch.uint8) if masked else None
-    return Batch(torch.from_numpy(np.stack(rows)), mask, positions, positions + 1000)
+    weights = torch.zeros(len(rows), T) if masked else None
+    return Batch(torch.from_numpy(np.stack(rows)), positions, positions + 1000, weights)
 
 
 def mix(share: float = 0.4, seed: int = 3) -> RecallMix:
@@ -27,13 +27,14 @@ def mix(share: float = 0.4, seed: int = 3) -> RecallMix:
 
 def test_rows_do_not_depend_on_the_batch_they_are_in() -> None:
     whole = mix().mixed(batch_at(np.arange(40, 56)))
-    assert isinstance(whole, RecallBatch)
+    assert whole.questions is not None
     parts = [mix().mixed(batch_at(np.arange(at, at + 4))) for at in range(40, 56, 4)]
     assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
     tasks = mix().is_task(whole.positions)
     assert 0 < tasks.sum() < 16
     assert torch.equal(whole.ids[~torch.from_numpy(tasks)], batch_at(np.arange(40, 56)).ids[~torch.from_numpy(tasks)])
-    assert ((whole.question_position >= 0).any(1) == tasks).all()
+    assert np.array_equal(whole.kind == TASK, tasks)
+    assert ((whole.questions.position >= 0).any(1) == tasks).all()
     assert np.array_equal(whole.rows, np.arange(1040, 1056))
 
 
@@ -50,9 +51,9 @@ def test_share_seed_and_position_decide() -> None:
 
 def test_questions_point_at_their_facts() -> None:
     made = mix(1.0).mixed(batch_at(np.arange(30)))
-    assert isinstance(made, RecallBatch)
+    assert made.questions is not None
     for row in range(30):
-        for position, block in zip(made.question_position[row], made.evidence_block[row], strict=True):
+        for position, block in zip(made.questions.position[row], made.questions.evidence[row], strict=True):
             if position < 0:
                 continue
             ask, *key = made.ids[row, position - 2 : position + 1].tolist()
@@ -64,8 +65,8 @@ def test_questions_point_at_their_facts() -> None:
 
 def test_all_targets_of_a_task_count_and_batches_without_tasks_pass_as_they_are() -> None:
     made = mix(1.0).mixed(batch_at(np.arange(3), masked=True))
-    assert made.mask is not None
-    assert made.mask.all()
+    assert made.weights is not None
+    assert made.weights.eq(1).all()
     batch = batch_at(np.arange(3))
     assert mix(0.0).mixed(batch) is batch
 

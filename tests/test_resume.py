@@ -17,7 +17,10 @@ from tiny import make_task
 from megacontext.errors import CheckpointError, DataError, NonFiniteLossError, UserError
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.loop import TrainResult, train
+from megacontext.train.objective import TokenObjective
+from megacontext.train.step_plan import StepPlan
 from megacontext.train.task import TrainTask
+from megacontext.train.throughput import Stopwatch
 from megacontext.train.worker import LocalWorker, stop_file
 
 HERE = Path(__file__).resolve().parent
@@ -142,21 +145,19 @@ def test_changed_shards_are_refused(tmp_path: Path) -> None:
 
 
 def test_nan_stops_before_the_update_and_names_step_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megacontext.train.step as step_module
-
     calls = 0
-    real = step_module.next_token_loss
+    real = TokenObjective.loss
 
-    def poisoned(model: object, batch: object, device: object, scale: float) -> torch.Tensor:
+    def poisoned(self: TokenObjective, plan: StepPlan, scale: float, watch: Stopwatch) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = real(model, batch, device, scale)  # type: ignore[arg-type]
+        loss = real(self, plan, scale, watch)
         return loss * float("nan") if calls == 2 * 5 + 1 else loss  # first micro-batch of step 5
 
-    monkeypatch.setattr(step_module, "next_token_loss", poisoned)
+    monkeypatch.setattr(TokenObjective, "loss", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5: loss nan.*before the optimizer step.*rows involved: \[\d+"):
         train_here(make_task(tmp_path))
-    monkeypatch.setattr(step_module, "next_token_loss", real)
+    monkeypatch.setattr(TokenObjective, "loss", real)
     resumed = train_here(make_task(tmp_path))  # nothing was lost: step 5 is taken up with good weights
     assert resumed.finished
     train_here(make_task(tmp_path, "whole"))
@@ -182,7 +183,7 @@ def test_state_continues_through_a_damaged_newest_checkpoint(
 def test_a_signal_to_the_job_saves_and_says_so(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "import sys; from pathlib import Path; from tiny import make_task\n"
-        "from jobs import cli; from jobs.runtime.launch import run_training\n"
+        "from jobs.runtime import cli; from jobs.runtime.launch import run_training\n"
         "task = make_task(Path(sys.argv[1]), num_iterations=100_000, save_every=-1, eval_every=-1)\n"
         "args = cli.resolve({'tier': 'cpu', 'base_dir': sys.argv[1], 'wandb': 'off', 'launcher': 'local'})\n"
         "result = run_training(task, args); print('finished', result['finished'], result['step'], flush=True)\n"

@@ -13,12 +13,13 @@ import pytest
 import yaml
 from tiny_pipeline import MODEL, arguments, run_pipeline, where
 
-from jobs import base_eval, base_train, prepare_data, speedrun
+from jobs import base_eval, base_train, prepare_data, speedrun, training
 from jobs.runtime import cli, run_settings
 from jobs.runtime.stage import run_stage
 from megacontext.config import TrainConfig
 from megacontext.errors import CheckpointError, DataError, UserError
 from megacontext.flags import free_flags
+from megacontext.stages import BASE, BASE_EVAL, PREPARE_DATA, PREPARE_TEXT, TOK_TRAIN
 from megacontext.telemetry.report import read_stage
 
 
@@ -64,7 +65,7 @@ def test_a_finished_run_is_skipped_whatever_cannot_change_a_result(
 
 
 def test_every_setting_of_training_is_compared_but_the_free_ones() -> None:
-    assert free_flags(TrainConfig, "base_train") == {
+    assert free_flags(TrainConfig, BASE) == {
         "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every", "log_rows", "stream",
         "device_batch_size",
     }  # fmt: skip
@@ -97,7 +98,7 @@ def test_a_training_with_other_settings_is_refused_before_any_work(base: Path, f
 def test_a_training_under_way_is_bound_to_its_settings_too(base: Path) -> None:
     (base / "runs" / "mine" / "stages" / "base_train.json").unlink()
     with pytest.raises(UserError, match=r"base_train of run 'mine' used other settings: --max_minutes was 7.0, is 3.0"):
-        base_train.start(arguments(base, "--max_minutes=3"))
+        training.start(base_train.JOB, arguments(base, "--max_minutes=3"))
     (base / "runs" / "mine" / "stages" / "prepare_data.json").unlink()
     with pytest.raises(UserError, match=r"base_train of run 'mine' used other settings: --max_seq_len was 64, is 32"):
         run_stage(prepare_data.JOB, arguments(base, "--max_seq_len=32"))
@@ -225,26 +226,26 @@ def test_a_job_that_cannot_begin_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_stage_records_what_it_reads_and_no_more(tmp_path: Path) -> None:
     values = cli.flat_values(cli.resolve({"base_dir": str(tmp_path), "tier": "cpu", "run": "r"}))
-    run_settings.record(str(tmp_path / "r"), "prepare_text", values)
+    run_settings.record(str(tmp_path / "r"), PREPARE_TEXT, values)
     assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text()) == {
         "stages": ["prepare_text"], "run": {"tier": "cpu"}, "data": {"data_dir": "", "data_shards": 0},
     }  # fmt: skip
-    run_settings.record(str(tmp_path / "r"), "base_train", values | {"depth": 5})
+    run_settings.record(str(tmp_path / "r"), BASE, values | {"depth": 5})
     known = run_settings.read(str(tmp_path / "r"))
     assert known.values["depth"] == 5
     assert known.values["mc"] == 0
     assert "block_size" not in known.values, "without a memory nobody reads its settings"
-    run_settings.record(str(tmp_path / "r"), "prepare_data", values | {"max_seq_len": 9})
+    run_settings.record(str(tmp_path / "r"), PREPARE_DATA, values | {"max_seq_len": 9})
     assert run_settings.read(str(tmp_path / "r")).values["max_seq_len"] == 512, "training ranks above preparation"
 
 
 def test_jobs_at_once_lose_no_setting(tmp_path: Path) -> None:
     values = cli.flat_values(cli.resolve({"base_dir": str(tmp_path), "tier": "cpu", "run": "r"}))
-    names = ["prepare_text", "tok_train", "prepare_data", "base_train", "base_eval"] * 4
+    stages = [PREPARE_TEXT, TOK_TRAIN, PREPARE_DATA, BASE, BASE_EVAL] * 4
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: run_settings.record(str(tmp_path / "r"), name, values), names))
+        list(pool.map(lambda stage: run_settings.record(str(tmp_path / "r"), stage, values), stages))
     known = run_settings.read(str(tmp_path / "r"))
-    assert list(known.stages) == names[:5]
+    assert list(known.stages) == [stage.name for stage in stages[:5]]
     assert known.values.keys() >= {"data_dir", "vocab_size", "max_seq_len", "depth", "eval_bundle"}
 
 

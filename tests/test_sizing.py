@@ -16,7 +16,7 @@ from tiny import make_task
 from jobs import base_eval, prepare_data, speedrun, tok_eval, tok_train
 from jobs.runtime import cli
 from megacontext.config import MC_IMPLIES, TIERS, TrainConfig
-from megacontext.train import setup
+from megacontext.train import setup, validation
 from megacontext.train.setup import choose_sizes, known_horizon
 from megacontext.train.sizing import RESERVE, Pace, describe, fitting_steps, floor_steps, validations
 from megacontext.train.step import Stepper, StepResult
@@ -41,6 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(setup, "time", found)
+    monkeypatch.setattr(validation, "time", found)
     return found
 
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 from tiny import make_task
 
-from jobs import base_train
+from jobs import training
 from jobs.runtime import cli, launch, stage, stopping
 from jobs.runtime.own_lines import OwnLines
 from megacontext.checkpoint import latest_checkpoint, read_meta
+from megacontext.stages import BASE, BASE_EVAL
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.loop import train as train_loop
 from megacontext.train.worker import LocalWorker, stop_file
@@ -201,7 +202,7 @@ def test_a_worker_that_finds_the_stop_before_its_first_step_trains_none(tmp_path
     assert (result.finished, result.step, result.checkpoint) == (False, 0, "")
     assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").glob("mega*"))
     with pytest.raises(stopping.Stopped, match="stopped at step 0; no step was done, nothing is lost"):
-        base_train.result_of({"finished": False, "step": 0, "checkpoint": ""})
+        training.result_of(BASE, {"finished": False, "step": 0, "checkpoint": ""})
     Path(stop_file(task.run_dir)).unlink()
     assert train_loop(task, worker, tracker(task)).finished
 
@@ -241,8 +242,8 @@ def test_a_stop_in_the_last_step_keeps_the_stage_and_starts_no_other(
         return {"base_train/steps": 6}
 
     def work() -> None:
-        stage.run_stage(stage.Job("base_train", last_step), args)
-        stage.run_stage(stage.Job("base_eval", lambda _: begun.append("second") or {}), args)
+        stage.run_stage(stage.Job(BASE, last_step), args)
+        stage.run_stage(stage.Job(BASE_EVAL, lambda _: begun.append("second") or {}), args)
 
     with pytest.raises(SystemExit) as caught:
         cli.finish(work)

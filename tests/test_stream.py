@@ -150,10 +150,9 @@ def test_the_stream_gives_the_planned_rows(shards: ShardSet) -> None:
                 assert np.array_equal(batch.positions, positions)
                 assert np.array_equal(batch.rows, [order.rows(int(k), 1)[0] for k in positions])
                 assert batch.ids.dtype == torch.int64
-                assert batch.mask is not None
-                assert batch.mask.dtype == torch.uint8
+                assert batch.weights is not None
                 assert np.array_equal(batch.ids.numpy(), everything["ids"][batch.rows])
-                assert np.array_equal(batch.mask.numpy(), everything["mask"][batch.rows])
+                assert np.array_equal(batch.weights.numpy(), everything["mask"][batch.rows][:, 1:])
 
 
 def test_inputs_and_targets(shards: ShardSet) -> None:

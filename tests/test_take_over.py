@@ -17,10 +17,11 @@ from test_resume import train_here
 from tiny import make_task
 
 import megacontext as mc
-from jobs import base_train, tok_train
+from jobs import tok_train, training
 from jobs.runtime import cli
 from jobs.runtime.take_over import take_over
 from megacontext.errors import CheckpointError, UserError
+from megacontext.stages import BASE
 from megacontext.train.setup import fresh
 
 
@@ -32,7 +33,7 @@ def arguments(folder: Path, source: Path | str, **flags: Any) -> cli.Args:
 
 def start_of(args: cli.Args) -> dict[str, torch.Tensor]:
     """Weights that the run would train from."""
-    model, _ = fresh(base_train.task_of(args), torch.device("cpu"), torch.float32)
+    model, _ = fresh(training.task_of(BASE, args), torch.device("cpu"), torch.float32)
     return model.state_dict()
 
 
@@ -43,7 +44,7 @@ def test_a_run_starts_from_our_checkpoint_and_needs_it_only_once(tmp_path: Path)
     args = arguments(tmp_path, task.run_dir, max_seq_len=64)
     assert tok_train.run(args) == {"tok_train/vocab_size": 300, "tok_train/digest": tokenizer.digest}
     shutil.rmtree(task.run_dir)
-    made = base_train.task_of(args)
+    made = training.task_of(BASE, args)
     assert made.gpt == replace(before.config, sequence_len=64)
     assert made.init_from == take_over(args)
     state = start_of(args)

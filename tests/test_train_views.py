@@ -14,7 +14,7 @@ from megacontext.config import MemoryConfig
 from megacontext.context.invariants import check_working_context
 from megacontext.data.stream import Batch
 from megacontext.errors import UserError
-from megacontext.train.step_plan import kept_blocks
+from megacontext.train.memory_plan import preferred_blocks
 from megacontext.train.views import (
     RowRandom,
     ViewSettings,
@@ -97,14 +97,14 @@ def test_evidence_stays_raw_in_every_second_variant() -> None:
 
 
 def text(rows: int) -> Batch:
-    return Batch(torch.zeros((rows, T + 1), dtype=torch.int64), None, np.arange(rows), np.arange(rows))
+    return Batch(torch.zeros((rows, T + 1), dtype=torch.int64), np.arange(rows), np.arange(rows))
 
 
 @pytest.mark.parametrize("progress", [0.3, 0.6, 1.0])
 def test_every_second_variant_of_text_shows_the_newest_blocks(progress: float) -> None:
     views = ViewSettings.of(replace(MEMORY, mc_num_random_variants=4), T)
     entries = views.entries(progress)
-    kept = kept_blocks(views, text(50), entries)
+    kept = preferred_blocks(views, text(50), progress)
     assert kept.sum(1).tolist() == [views.room(entries)] * 50
     assert kept[:, -views.room(entries) :].all()
     shown = raw_blocks(draw_views(views, 0, np.arange(50), progress, kept).variants, views.blocks).reshape(50, 4, -1)
@@ -115,7 +115,7 @@ def test_every_second_variant_of_text_shows_the_newest_blocks(progress: float) -
 
 def test_the_only_variant_of_text_is_drawn_blindly() -> None:
     views = ViewSettings.of(replace(MEMORY, mc_num_random_variants=1), T)
-    assert not kept_blocks(views, text(3), views.entries(0.5)).any()
+    assert not preferred_blocks(views, text(3), 0.5).any()
 
 
 def test_the_lens_is_asked_about_contexts_that_fade_with_age_too() -> None:

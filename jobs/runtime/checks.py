@@ -19,7 +19,7 @@ from megacontext.data.recall_words import WordList
 from megacontext.data.stream import BatchPlan
 from megacontext.errors import UserError
 from megacontext.eval.core_tasks import load_bundle
-from megacontext.stages import BY_NAME, TRAIN
+from megacontext.stages import BASE, BASE_EVAL, TRAIN, Stage
 from megacontext.telemetry.tracker import resolve_wandb_mode
 from megacontext.train.recall_mix import RecallMix
 from megacontext.train.task import TrainTask, horizon_steps
@@ -29,10 +29,10 @@ from megacontext.train.views import ViewSettings
 def check(args: Args, jobs: Sequence[Job]) -> None:
     """Raise UserError for settings by which one of these jobs would fail or be refused, before the first of them begins."""
     for job in jobs:
-        refuse_other_settings(job.name, args)
-    if any(BY_NAME[job.name].kind == TRAIN and finished(job, args, say=lambda line: None) is None for job in jobs):
+        refuse_other_settings(job.stage, args)
+    if any(job.stage.kind == TRAIN and finished(job, args, say=lambda line: None) is None for job in jobs):
         check_training(args)
-    if args.eval.eval_bundle and any(job.name == "base_eval" for job in jobs):
+    if args.eval.eval_bundle and any(job.stage == BASE_EVAL for job in jobs):
         load_bundle(args.eval.eval_bundle)
 
 
@@ -121,8 +121,8 @@ def check_memory(task: TrainTask) -> None:
         RecallMix(memory.mc_recall_share, task.seed, words, tokens + 1, memory.block_size)
 
 
-def planned_task(args: Args) -> TrainTask:
-    """The training of a job as its settings plan it; its tokenizer and its shards need not exist.
+def planned_task(args: Args, stage: Stage = BASE) -> TrainTask:
+    """A stage of training as the settings plan it; its tokenizer and its shards need not exist.
 
     Raises UserError when the shape of the model cannot be.
     """
@@ -133,7 +133,7 @@ def planned_task(args: Args) -> TrainTask:
     else:
         gpt = shape_of_flags(args, args.data.vocab_size)
     return TrainTask(
-        stage="base",
+        stage=stage.checkpoint,
         run_dir=where.run_dir,
         train_tokens_dir="",
         val_tokens_dir="",

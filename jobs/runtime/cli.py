@@ -72,10 +72,11 @@ def parse(
     description: str | None,
     argv: Sequence[str] | None = None,
     aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    stage: str = "",
 ) -> Args:
     """Parse flags of the given sections over the defaults of run and tier. Unknown flags end the program with 2.
 
-    aliases: other spellings of flags, by name.
+    aliases: other spellings of flags, by name. stage: the name of the stage of training that is parsed for, if one is.
     """
     finish(environment.load)  # .mc_env may name the base folder, which is a default below
     parser = Parser(description)
@@ -98,9 +99,19 @@ def parse(
             "--mc", nargs="?", const=1, type=int, default=argparse.SUPPRESS, metavar="INT",
             help="the run has a memory: what this implies for vocabulary and rows holds here too (0 or 1) [default 0]",
         )  # fmt: skip
-    given = vars(parser.parse_args(argv))
-    resolved: Args = finish(lambda: resolve(given))
-    return resolved
+    parser.add_argument(
+        "--config", default="", metavar="FILE",
+        help="YAML file of settings, by name of the flag: your own, or config.yaml of another run; flags on the command line "
+        "go before it [default: none]",
+    )  # fmt: skip
+    flags = vars(parser.parse_args(argv))
+    path = flags.pop("config")
+
+    def resolved() -> Args:
+        return resolve({**(run_settings.of_file(user_path(path, "--config")) if path else {}), **flags}, stage)
+
+    args: Args = finish(resolved)
+    return args
 
 
 def tier_note(name: str, default: Any) -> str:
@@ -110,8 +121,10 @@ def tier_note(name: str, default: Any) -> str:
     return ", ".join([f"default {default!r}", *others])
 
 
-def resolve(given: Mapping[str, Any]) -> Args:
+def resolve(given: Mapping[str, Any], stage: str = "") -> Args:
     """All settings of a job: what the user gave, over the settings of the run, over the tier's, over the defaults.
+
+    `stage` names the stage of training that the job is, if it is one: its own earlier settings go before the run's.
 
     What `--mc` implies counts as the tier's.
     With `--init_from` the shape is that of the model taken over. Raises UserError for impossible values and for ones that
@@ -120,7 +133,7 @@ def resolve(given: Mapping[str, Any]) -> Args:
     where = absolute_paths(given)
     run = from_flat(RunConfig, where)
     run_dir = storage.join(run.storage, run.run)
-    inherited = run_settings.read(run_dir).inherited
+    inherited = run_settings.read(run_dir).inherited(stage)
     tier = next(
         (name for name in (given.get("tier"), inherited.get("tier")) if name not in (None, "auto")), None
     ) or detect_tier(run.launcher)

@@ -31,7 +31,7 @@ from ray.data.block import BlockMetadata  # DataContext.custom_execution_callbac
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from megacontext.data.shards import ShardSet
+from megacontext.data.shards import ShardSet, to_arrow
 from megacontext.data.stream import Batch, BatchPlan, RowOrder, make_batch
 from megacontext.errors import DataError, UserError
 
@@ -53,13 +53,10 @@ class RankRows:
     rank: int
 
     def block(self, first: int, last: int) -> pa.Table:
-        """Micro-batches [first, last) of this rank as one table: ids, mask if there is one, position, row."""
+        """Micro-batches [first, last) of this rank as one table: the columns of the shards, position, row."""
         positions = self.plan.rank_positions(first, last, self.rank).reshape(-1)
         rows = RowOrder(self.num_rows, self.seed).at(positions)
-        columns = {
-            name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-            for name, values in _shards(self.directory, self.num_rows).read(rows).items()
-        }
+        columns = {name: to_arrow(values) for name, values in _shards(self.directory, self.num_rows).read(rows).items()}
         return pa.table({**columns, "position": positions, "row": rows})
 
 

@@ -2,7 +2,8 @@
 
 `config.yaml` holds, by section, the settings that the stages of the run read, and under `stages` the names of those
 stages. A stage writes what it read when it begins. It never changes a value that belongs to a stage of higher rank:
-training ranks above preparation, preparation above evaluation. So the file says what the model was trained with.
+training ranks above preparation, preparation above evaluation. A later stage of training changes no value of an earlier
+one either: where its own values differ, they stand under `of_stage` and its name.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from megacontext import api, storage
 from megacontext.checkpoint import MANIFEST, list_checkpoints
 from megacontext.config import DataConfig, EvalConfig, GPTConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.errors import UserError
-from megacontext.flags import Section, check_value, decided, readers
-from megacontext.stages import BY_NAME, EVALUATE, PREPARE, STAGES, TRAIN
+from megacontext.flags import Section, check_value, decides, reads
+from megacontext.stages import BY_NAME, EVALUATE, PREPARE, STAGES, TRAIN, Stage
 from megacontext.telemetry.report import read_stage
 
 SECTIONS: Mapping[str, type[Section]] = {
@@ -39,11 +40,13 @@ START = "start"  # name of the stage whose checkpoint is the model that a run st
 TEXT = "text"  # stands for the settings of _TEXT_FLAGS: all that counts is which text they choose
 _TEXT_FLAGS = ("data_dir", "data_shards", "tier")
 _RANK = {EVALUATE: 0, PREPARE: 1, TRAIN: 2}
+_BEFORE_NAMES = [stage.name for stage in STAGES if not stage.after]  # who wrote a file without the names of stages
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What `config.yaml` of a run holds: `values` by name of the flag, and the `stages` that wrote them.
+    """What `config.yaml` of a run holds: `values` by name of the flag, the `stages` that wrote them, and the values of
+    single stages that differ, `of_stage`.
 
     reliable: whether the names of the stages were in the file. Earlier versions did not write them, and let every job
     overwrite all values.
@@ -53,11 +56,15 @@ class RunSettings:
     values: Mapping[str, Any] = field(default_factory=dict)
     stages: Sequence[str] = ()
     reliable: bool = True
+    of_stage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def inherited(self) -> dict[str, Any]:
+    def of(self, stage: str) -> dict[str, Any]:
+        """The values of a stage, by its name."""
+        return {**self.values, **self.of_stage.get(stage, {})}
+
+    def inherited(self, stage: str = "") -> dict[str, Any]:
         """The values that a later job takes as its defaults: all but those that say where and how a job runs."""
-        return {name: value for name, value in self.values.items() if not FLAGS[name][1].metadata["machine"]}
+        return {name: value for name, value in self.of(stage).items() if not FLAGS[name][1].metadata["machine"]}
 
 
 def read(run_dir: str) -> RunSettings:
@@ -73,54 +80,108 @@ def read(run_dir: str) -> RunSettings:
         return RunSettings(path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _damaged(path, f"it is not YAML ({' '.join(str(error).split())[:200]}).") from None
-    stages = content.get("stages", list(BY_NAME)) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(stages, list):
+    return read_content(path, content)
+
+
+def read_content(path: str, content: Any) -> RunSettings:
+    """The settings in the content of a `config.yaml`. Raises UserError when it is damaged."""
+    stages = content.get("stages", _BEFORE_NAMES) if isinstance(content, dict) else None
+    of_stage = content.get("of_stage", {}) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(stages, list) or not isinstance(of_stage, dict):
         raise _damaged(path, "it does not hold sections of settings.")
     values: dict[str, Any] = {}
     for section in SECTIONS:
-        part = content.get(section, {})
-        if not isinstance(part, dict):
-            raise _damaged(path, f"its section {section!r} does not hold settings.")
-        values |= part
-    unknown = sorted(str(name) for name in values if name not in FLAGS)
+        values |= _known(path, section, content.get(section, {}))
+    of_stage = {str(name): _known(path, f"of_stage: {name}", part) for name, part in of_stage.items()}
+    return RunSettings(path, values, [str(name) for name in stages], "stages" in content, of_stage)
+
+
+def of_file(path: str) -> dict[str, Any]:
+    """The settings of a YAML file for `--config`, by name of the flag.
+
+    The file is flat, or has sections as `config.yaml` has. Of a run's own `config.yaml`, what says where and how its jobs
+    ran is left out. Raises UserError when there is no such file, for what is no setting, and for impossible values.
+    """
+    try:
+        content = yaml.safe_load(storage.read_bytes(path))
+    except FileNotFoundError:
+        raise UserError(f"--config {path!r} does not exist; give a YAML file of settings.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--config {path!r} is not YAML ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path!r} holds no settings; write one a line, such as `depth: 6`.")
+    if "stages" in content:
+        return read_content(path, content).inherited()
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        values |= value if name in SECTIONS and isinstance(value, dict) else {name: value}
+    for name, value in values.items():
+        if name not in FLAGS:
+            raise UserError(f"--config {path!r} has {name!r}, which is no setting; --help_all of the job lists them.")
+        default = FLAGS[name][1].default
+        try:
+            if isinstance(default, float) and isinstance(value, str):
+                values[name] = float(value)  # YAML takes 2e-2 for text
+            elif isinstance(value, bool) and isinstance(default, int):
+                values[name] = int(value)
+        except ValueError:
+            pass  # the check says what is wrong
+        try:
+            check_value(FLAGS[name][1], values[name])
+        except UserError as error:
+            raise UserError(f"--config {path!r}: {error}") from None
+    return values
+
+
+def _known(path: str, section: str, part: Any) -> dict[str, Any]:
+    """The settings of a part of `config.yaml` that this version has. Raises UserError when the part is damaged."""
+    if not isinstance(part, dict):
+        raise _damaged(path, f"its section {section!r} does not hold settings.")
+    unknown = sorted(str(name) for name in part if name not in FLAGS)
     if unknown:
         print(f"{path}: this version of megacontext has no setting {', '.join(unknown)}; left out", flush=True)
-    values = {name: value for name, value in values.items() if name in FLAGS}
+    values = {name: value for name, value in part.items() if name in FLAGS}
     for name, value in values.items():
         try:
             check_value(FLAGS[name][1], value)
         except UserError as error:
             raise _damaged(path, str(error)) from None
-    return RunSettings(path, values, [str(name) for name in stages], "stages" in content)
+    return values
 
 
-def record(run_dir: str, stage: str, values: Mapping[str, Any]) -> None:
+def record(run_dir: str, stage: Stage, values: Mapping[str, Any]) -> None:
     """Add what a stage reads to `config.yaml` when it begins. `values`: all settings of the job, by name of the flag.
 
     Raises UserError when the file is damaged, StorageError when it cannot be written.
     """
     with _locked(run_dir):
         known = read(run_dir)
-        merged = dict(known.values)
+        merged, own = dict(known.values), {}
         for name, (section, item) in FLAGS.items():
             unread = section is MemoryConfig and name != "mc" and not values["mc"]
-            if stage not in readers(section, item) or unread:
+            if not reads(stage, section, item) or unread:
                 continue
             if name not in merged or _may_change(stage, name, known.stages):
                 merged[name] = values[name]
-        stages = [name for name in BY_NAME if name == stage or name in known.stages]
+            elif stage.kind == TRAIN and merged[name] != values[name]:
+                own[name] = values[name]
+        stages = [name for name in BY_NAME if name == stage.name or name in known.stages]
+        stages += [name for name in {stage.name: 0, **dict.fromkeys(known.stages)} if name not in stages]
         content: dict[str, Any] = {"stages": stages}
+        of_stage = {**known.of_stage, stage.name: own} if own else {**known.of_stage}
         for name, section in SECTIONS.items():
             part = {item.name: merged[item.name] for item in fields(section) if item.name in merged}
             if part:
                 content[name] = part
+        if of_stage:
+            content["of_stage"] = of_stage
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         storage.write_bytes(known.path, text.encode())
 
 
-def made_with(stage: str, values: Mapping[str, Any], text: str) -> dict[str, Any]:
+def made_with(stage: Stage, values: Mapping[str, Any], text: str) -> dict[str, Any]:
     """The settings on which the result of a stage depends. `text` names the text that the settings choose."""
-    found = {name: values[name] for name, owner in FLAGS.items() if name in values and stage in decided(*owner)}
+    found = {name: values[name] for name, owner in FLAGS.items() if name in values and decides(stage, *owner)}
     if any(name in found for name in _TEXT_FLAGS):
         found = {TEXT: text} | {name: value for name, value in found.items() if name not in _TEXT_FLAGS}
     if not found.get("mc", 1):  # without a memory its settings mean nothing
@@ -166,16 +227,18 @@ def shape_of_start(source: str, start_dir: str) -> tuple[GPTConfig, MemoryConfig
 
 
 def refuse_changes(
-    run_dir: str, run: str, stage: str, asked: Mapping[str, Any], source: Callable[[Mapping[str, Any]], str]
+    run_dir: str, run: str, stage: Stage, asked: Mapping[str, Any], source: Callable[[Mapping[str, Any]], str]
 ) -> None:
     """Raises UserError when the run has made something with other settings than a stage of it is asked to use now.
 
     asked: what `made_with` gives for the stage. source: names the text that settings choose. An evaluation is not
     refused: it runs again.
     """
-    if BY_NAME[stage].kind == EVALUATE:
+    if stage.kind == EVALUATE:
         return
     for name, settings in _bound(run_dir, source).items():
+        if stage.kind == TRAIN and BY_NAME[name].kind == TRAIN and name != stage.name:
+            continue  # another stage of training has its own settings
         changes = differences(settings, asked)
         if changes:
             raise UserError(
@@ -205,15 +268,17 @@ def _bound(run_dir: str, source: Callable[[Mapping[str, Any]], str]) -> dict[str
         elif stage.kind == TRAIN and list_checkpoints(storage.join(run_dir, "checkpoints"), stage.checkpoint):
             known = read(run_dir)
             if known.reliable and stage.name in known.stages:
-                found[stage.name] = made_with(stage.name, known.values, source(known.values))
+                found[stage.name] = made_with(stage, known.of(stage.name), source(known.values))
     return found
 
 
-def _may_change(stage: str, name: str, recorded: Sequence[str]) -> bool:
-    """Whether a stage may change a value of `config.yaml`: no stage of higher rank that reads it has been recorded."""
-    mine = _RANK[BY_NAME[stage].kind]
+def _may_change(stage: Stage, name: str, recorded: Sequence[str]) -> bool:
+    """Whether a stage may change a value of `config.yaml`: no stage of higher rank, and no other stage of training, that
+    reads it has been recorded."""
+    others = [BY_NAME[other] for other in recorded if other in BY_NAME and other != stage.name]
     return not any(
-        _RANK[BY_NAME[other].kind] > mine and other in readers(*FLAGS[name]) for other in recorded if other in BY_NAME
+        (_RANK[other.kind] > _RANK[stage.kind] or other.kind == TRAIN) and reads(other, *FLAGS[name])
+        for other in others
     )
 
 

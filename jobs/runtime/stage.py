@@ -11,14 +11,14 @@ from typing import Any
 from jobs.runtime import run_settings, stopping
 from jobs.runtime.cli import Args, flat_values, paths, source_name
 from megacontext import storage
-from megacontext.stages import BY_NAME, EVALUATE, TRAIN
+from megacontext.stages import EVALUATE, TRAIN, Stage
 from megacontext.telemetry import provenance
 from megacontext.telemetry.report import read_stage, write_stage
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage does. `name` is its name in megacontext/stages.py.
+    """What a stage does.
 
     run: does the work and returns flat metrics `{"<stage>/<metric>": number}`; strings and lists among them (samples,
     say) are kept beside the numbers.
@@ -27,11 +27,15 @@ class Job:
     inputs: what an evaluation measures, by name (its checkpoint, say). With other inputs it runs again.
     """
 
-    name: str
+    stage: Stage
     run: Callable[[Args], Mapping[str, Any]]
     ready: Callable[[Args], object] = lambda args: None
     has_output: Callable[[Args], bool] = lambda args: True
     inputs: Callable[[Args], dict[str, str]] = lambda args: {}
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
 
 
 def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
     """
     stopping.check()
     run_dir = paths(args).run_dir
-    refuse_other_settings(job.name, args)
+    refuse_other_settings(job.stage, args)
     known = None if again else finished(job, args)
     if known is not None:
         print(f"== {job.name}: complete, skipped", flush=True)
@@ -51,7 +55,7 @@ def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
     inputs = job.inputs(args)
     print(f"== {job.name}", flush=True)
     if _is_first_process():
-        begin(job.name, args)
+        begin(job.stage, args)
     began = time.time()
     output = dict(job.run(args))
     metrics = {key: value for key, value in output.items() if isinstance(value, int | float)}
@@ -60,7 +64,7 @@ def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
     texts = {key: value for key, value in output.items() if key not in metrics}
     if _is_first_process():
         write_stage(
-            run_dir, job.name, seconds, flops, metrics, texts, settings=made_with(job.name, args), inputs=inputs
+            run_dir, job.name, seconds, flops, metrics, texts, settings=made_with(job.stage, args), inputs=inputs
         )
     print(f"== {job.name}: done in {seconds:.1f} s", flush=True)
     return metrics
@@ -74,15 +78,15 @@ def finished(job: Job, args: Args, say: Callable[[str], object] = print) -> dict
     result = read_stage(paths(args).run_dir, job.name)
     if result is None:
         return None
-    if BY_NAME[job.name].kind == EVALUATE:
-        now = made_with(job.name, args) | job.inputs(args)
+    if job.stage.kind == EVALUATE:
+        now = made_with(job.stage, args) | job.inputs(args)
         before = result.get("settings", {}) | result.get("inputs", {})
         changes = run_settings.differences(before, now)
         if not before:
             changes = ["its settings were not recorded"]
     else:
         changes = [] if job.has_output(args) else ["what it made is not there any more"]
-        if not changes and BY_NAME[job.name].kind == TRAIN and "settings" not in result:
+        if not changes and job.stage.kind == TRAIN and "settings" not in result:
             job.ready(args)
     if changes:
         say(f"== {job.name}: runs again, because {'; '.join(changes)}")
@@ -91,22 +95,22 @@ def finished(job: Job, args: Args, say: Callable[[str], object] = print) -> dict
     return metrics
 
 
-def refuse_other_settings(name: str, args: Args) -> None:
+def refuse_other_settings(stage: Stage, args: Args) -> None:
     """Raises UserError when the run has made something with other settings than this stage is asked to use."""
-    run_settings.refuse_changes(paths(args).run_dir, args.run.run, name, made_with(name, args), source_name)
+    run_settings.refuse_changes(paths(args).run_dir, args.run.run, stage, made_with(stage, args), source_name)
 
 
-def made_with(name: str, args: Args) -> dict[str, Any]:
+def made_with(stage: Stage, args: Args) -> dict[str, Any]:
     """The settings on which the result of a stage depends, by name of the flag."""
     values = flat_values(args)
-    return run_settings.made_with(name, values, source_name(values))
+    return run_settings.made_with(stage, values, source_name(values))
 
 
-def begin(name: str, args: Args) -> None:
+def begin(stage: Stage, args: Args) -> None:
     """Keep the settings of a stage that begins, and where the run was made: training's word counts, else the first."""
     run_dir = paths(args).run_dir
-    run_settings.record(run_dir, name, flat_values(args))
-    if BY_NAME[name].kind == TRAIN or not storage.exists(storage.join(run_dir, "provenance.json")):
+    run_settings.record(run_dir, stage, flat_values(args))
+    if stage.kind == TRAIN or not storage.exists(storage.join(run_dir, "provenance.json")):
         provenance.record(run_dir)
 
 

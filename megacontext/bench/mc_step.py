@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,15 @@ from torch import Tensor
 from megacontext import precision
 from megacontext.bench.command import add_training, device_name, shape_parser, show
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
-from megacontext.context.gist_function import build_levels
 from megacontext.data.stream import Batch
 from megacontext.model.gpt import GPT
-from megacontext.train.attention_labels import block_attention
 from megacontext.train.lens_loss import RunningScales
-from megacontext.train.memory_objective import MemoryObjective, node_table
+from megacontext.train.memory_objective import MemoryObjective
+from megacontext.train.objective import Objective, TokenObjective
 from megacontext.train.optim import build_optimizer
 from megacontext.train.step import Stepper
-from megacontext.train.step_plan import lens_tensors, view_tensors
 from megacontext.train.throughput import Stopwatch
-from megacontext.train.views import draw_views
+from megacontext.train.views import ViewSettings
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -70,16 +68,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, args.vocab, (args.rows, args.seq + 1)))
     for step in range(args.warmup + args.steps):
         for name, stepper in (("vanilla", vanilla), ("mc", ours)):
-            batches = iter(_batches(ids, args.rows // stepper.accum_steps))
+            batches = _batches(ids, args.rows // stepper.accum_steps)
             began = _clock(device)
-            stepper.run(step, batches, 1.0, 0.9, stop=False)
+            stepper.run(step, map(stepper.objective.plan, batches), 1.0, 0.9, stop=False)
             if step >= args.warmup:
                 watches[name].append(_clock(device) - began)
                 if name == "mc":
                     for phase, spent in stepper.watch.phases_ms().items():
                         phases.setdefault(phase, []).append(spent)
-    assert ours.memory is not None
-    views = ours.memory.settings
+    views = ViewSettings.of(memory, args.seq)
     length = views.length(views.entries(args.progress))
     entries = args.rows * (args.seq + views.variants * length)
     vanilla_s, mc_s = (statistics.median(watches[name]) for name in ("vanilla", "mc"))
@@ -90,8 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "variants": views.variants, "variant_entries": length, "entries_per_step": entries,
         "vanilla_step_ms": 1e3 * vanilla_s, "mc_step_ms": 1e3 * mc_s,
         "vanilla_us_per_token": per_token, "mc_us_per_entry": per_entry, "ratio_per_entry": per_entry / per_token,
-        **{f"phase_{name}_ms": statistics.median(values) for name, values in phases.items()},
-        **{f"part_{name}_ms": value for name, value in _parts(ours, ids[:micro], args).items()},
+        **{f"phase_{name.replace('/', '_')}_ms": statistics.median(values) for name, values in phases.items()},
     }  # fmt: skip
 
 
@@ -107,82 +103,20 @@ def _stepper(
     model.lm_head.weight.data.normal_(0.0, 0.02, generator=generator)
     model.compute_dtype = precision.choose_dtype(args.dtype, device)
     model.to(device)
-    objective = None
+    objective: Objective = TokenObjective(model)
     if memory is not None:
         objective = MemoryObjective(model, 0, args.rows, 1, lambda step: args.progress, RunningScales())
-    return Stepper(model, build_optimizer(model, TrainConfig()), device, 1, args.rows // rows, 1.0, Stopwatch(device),
-                   objective)  # fmt: skip
+    return Stepper(
+        objective, build_optimizer(model, TrainConfig()), device, 1, args.rows // rows, 1.0, Stopwatch(device)
+    )
 
 
 def _batches(ids: Tensor, rows: int) -> list[Batch]:
     positions = np.arange(len(ids))
     return [
-        Batch(ids[at : at + rows], None, positions[at : at + rows], positions[at : at + rows])
+        Batch(ids[at : at + rows], positions[at : at + rows], positions[at : at + rows])
         for at in range(0, len(ids), rows)
     ]
-
-
-def _parts(stepper: Stepper, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds per step of the parts of the objective alone, forward and backward."""
-    objective, model, device = stepper.memory, stepper.model, stepper.device
-    assert objective is not None
-    assert model.memory is not None
-    memory, settings = model.memory, objective.settings
-    rows = np.arange(len(ids))
-    given, targets = ids[:, :-1].to(device), ids[:, 1:].numpy()
-    views = draw_views(settings, 0, rows, args.progress)
-    variants = view_tensors(model, settings, views.variants, targets, device)
-    lens = lens_tensors(model, settings, views.reference, views.variants, rows, device)
-    with torch.no_grad():
-        table = node_table(memory, model.embed(given), build_levels(given, memory, settings.max_lod))
-
-    def plans() -> None:
-        drawn = draw_views(settings, 0, rows, args.progress)
-        view_tensors(model, settings, drawn.variants, targets, device)
-        lens_tensors(model, settings, drawn.reference, drawn.variants, rows, device)
-
-    def gists() -> None:
-        torch.autograd.backward(
-            node_table(memory, model.embed(given), build_levels(given, memory, settings.max_lod)).sum()
-        )
-
-    def raw() -> None:
-        torch.autograd.backward(model.loss(given, ids[:, 1:].to(device)))
-
-    def variant_views() -> None:
-        hidden = torch.zeros(len(ids), settings.tokens, model.config.n_embd, device=device)
-        torch.autograd.backward(objective.variants_loss(table.clone().requires_grad_(), variants, hidden)[0])
-
-    def labels() -> None:
-        x = torch.zeros(len(ids), settings.tokens, model.config.n_embd, dtype=model.compute_dtype, device=device)
-        inputs = [x] * model.config.n_layer
-        block_attention(model, inputs, lens.text, settings.horizon, settings.blocks, settings.block_size)
-
-    def lens_scores() -> None:
-        entries = table.index_select(0, lens.gather).view(*lens.shape, -1)
-        torch.autograd.backward(memory.scores(entries, lens.level, lens.rotary).sum())
-
-    def optimizer() -> None:
-        stepper.optimizer.reduce(1)
-        stepper.optimizer.clip(1.0)
-        stepper.optimizer.step(0.0, 0.9)
-
-    per_step = stepper.accum_steps
-    times = {name: per_step * _timed(work, device) for name, work in
-             {"plans": plans, "gists": gists, "raw_rows": raw, "variants": variant_views, "lens": lens_scores, "labels": labels}.items()}  # fmt: skip
-    times["optimizer"] = _timed(optimizer, device)
-    stepper.optimizer.zero_grad()
-    return times
-
-
-def _timed(work: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    """Median milliseconds of a call, the first not counted."""
-    spent = []
-    for _ in range(repeats + 1):
-        began = _clock(device)
-        work()
-        spent.append(1e3 * (_clock(device) - began))
-    return statistics.median(spent[1:])
 
 
 def _clock(device: torch.device) -> float:

@@ -22,7 +22,7 @@ from megacontext import storage
 from megacontext.data import parquet
 from megacontext.data.identity import FileIdentity, check_unchanged, from_json, identify, read_stamp
 from megacontext.data.packing import PackStats, pack_rows
-from megacontext.data.shards import VERSION, Manifest, ShardInfo, ids_dtype, write_shard
+from megacontext.data.shards import COLUMNS, VERSION, Manifest, ShardInfo, ids_dtype, write_shard
 from megacontext.data.stream import RowOrder
 from megacontext.errors import DataError
 
@@ -128,18 +128,15 @@ def binarize_file(
     stats = PackStats()
     texts = ([text for text in group if len(text) >= min_doc_chars] for group in parquet.read_texts(parquet_path))
     documents = tokenize(texts, tokenizer, num_threads)
-    dtype = ids_dtype(tokenizer.vocab_size)
-    most_rows = max(1, shard_bytes // (row_tokens * dtype.itemsize))
-    blocks = pack_rows(documents, row_tokens, tokenizer.bos_id, stats, block_rows=min(1024, most_rows))
-    infos: list[ShardInfo] = []
-    for rows in _gather(blocks, most_rows, row_tokens, dtype, stats, on_progress):
-        infos.append(write_shard(f"{out_prefix}-{len(infos):05d}.arrow", {"ids": rows}))
+    infos = write_rows(
+        documents, out_prefix, tokenizer, row_tokens, stats, shard_bytes=shard_bytes, on_progress=on_progress
+    )
     check_unchanged(parquet_path, identity)
     receipt = Receipt(
         input=identity,
         tokenizer_digest=tokenizer.digest,
         row_tokens=row_tokens,
-        shards=tuple(infos),
+        shards=infos,
         documents=stats.documents,
         whole_documents=stats.whole_documents,
         tokens_in=stats.tokens_in,
@@ -150,18 +147,47 @@ def binarize_file(
     return receipt
 
 
+def write_rows(
+    documents: Iterable[npt.NDArray[np.uint32]],
+    out_prefix: str,
+    tokenizer: Encoder,
+    row_tokens: int,
+    stats: PackStats,
+    columns: Sequence[str] = ("ids",),
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[ShardInfo, ...]:
+    """Pack documents into shards `{out_prefix}-00000.arrow`, …, in a fixed random order within each shard.
+
+    `columns`: names of the numbers of a token, `ids` first, then those of `shards.COLUMNS` that have one a token. With
+    more than one, documents are [n, columns]. `stats` is filled in. Raises StorageError.
+    """
+    dtypes = [ids_dtype(tokenizer.vocab_size), *(COLUMNS[name].dtype for name in columns[1:])]
+    most_rows = max(1, shard_bytes // (row_tokens * sum(dtype.itemsize for dtype in dtypes)))
+    count = len(columns)
+    blocks = pack_rows(documents, row_tokens, tokenizer.bos_id, stats, block_rows=min(1024, most_rows), columns=count)
+    wide = dtypes[0] if count == 1 else np.dtype(np.uint32)
+    infos: list[ShardInfo] = []
+    for rows in _gather(blocks, most_rows, wide, stats, on_progress):
+        parts = [rows] if count == 1 else [rows[..., at].astype(dtype) for at, dtype in enumerate(dtypes)]
+        path = f"{out_prefix}-{len(infos):05d}.arrow"
+        infos.append(write_shard(path, dict(zip(columns, parts, strict=True))))
+    return tuple(infos)
+
+
 def _gather(
     blocks: Iterable[npt.NDArray[np.uint32]],
     most_rows: int,
-    row_tokens: int,
     dtype: np.dtype[np.generic],
     stats: PackStats,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[npt.NDArray[np.generic]]:
-    """Blocks of rows as arrays of at most `most_rows` rows, in the stored dtype."""
-    shard = np.empty((most_rows, row_tokens), dtype)  # pages are used only as far as rows arrive
+    """Blocks of rows as arrays of at most `most_rows` rows, in a dtype."""
+    shard = np.empty(0, dtype)
     filled = 0
     for block in blocks:
+        if not shard.size:
+            shard = np.empty((most_rows, *block.shape[1:]), dtype)  # pages are used only as far as rows arrive
         while len(block):
             taken = min(len(block), most_rows - filled)
             shard[filled : filled + taken] = block[:taken]
@@ -223,7 +249,12 @@ def out_prefix(directory: str, parquet_path: str) -> str:
 
 
 def build_manifest(
-    split: str, receipts: Sequence[Receipt], tokenizer: Encoder, row_tokens: int, source: str
+    split: str,
+    receipts: Sequence[Receipt],
+    tokenizer: Encoder,
+    row_tokens: int,
+    source: str,
+    columns: Sequence[str] = ("ids",),
 ) -> Manifest:
     """The manifest of a split whose inputs are all done. Raises DataError when they hold less than one row."""
     shards = tuple(shard for receipt in receipts for shard in receipt.shards)
@@ -240,7 +271,7 @@ def build_manifest(
         dtype=ids_dtype(tokenizer.vocab_size).name,
         vocab_size=tokenizer.vocab_size,
         tokenizer_digest=tokenizer.digest,
-        columns=("ids",),
+        columns=tuple(columns),
         shards=shards,
         documents=sum(receipt.documents for receipt in receipts),
         tokens_in=sum(receipt.tokens_in for receipt in receipts),

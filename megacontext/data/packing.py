@@ -76,15 +76,17 @@ class _Pool:
 class Packer:
     """Takes documents one by one and gives packed rows; `pack_rows` is the plain way to use it.
 
-    `row_tokens` is T+1, at least 2. Rows come out when more than `pool_tokens` tokens wait, and from `finish`.
+    `row_tokens` is T+1, at least 2. Rows come out when more than `pool_tokens` tokens wait, and from `finish`. With
+    `columns` above 1 a token is that many numbers, its id first (a mask, say): documents are [n, columns], rows
+    [rows, row_tokens, columns]. The other numbers of BOS are 0.
     """
 
-    def __init__(self, row_tokens: int, bos_id: int, pool_tokens: int = POOL_TOKENS) -> None:
+    def __init__(self, row_tokens: int, bos_id: int, pool_tokens: int = POOL_TOKENS, columns: int = 1) -> None:
         if row_tokens < 2:
             raise ValueError(f"row_tokens is {row_tokens}; a row holds BOS and at least one token, so at least 2.")
         self.stats = PackStats()
         self._row_tokens = row_tokens
-        self._bos = np.array([bos_id], dtype=np.uint32)
+        self._bos = np.array([bos_id] if columns == 1 else [[bos_id] + [0] * (columns - 1)], dtype=np.uint32)
         self._pool_tokens = max(pool_tokens, row_tokens)
         self._waiting_tokens = 0
         self._whole = _Pool()  # documents that are still in one piece
@@ -100,9 +102,9 @@ class Packer:
         body_tokens = self._row_tokens - 1
         if len(document) > body_tokens:
             full = len(document) // body_tokens
-            rows = np.empty((full, self._row_tokens), dtype=np.uint32)
-            rows[:, 0] = self._bos
-            rows[:, 1:] = document[: full * body_tokens].reshape(full, body_tokens)
+            rows = np.empty((full, self._row_tokens, *document.shape[1:]), dtype=np.uint32)
+            rows[:, 0] = self._bos[0]
+            rows[:, 1:] = document[: full * body_tokens].reshape(full, body_tokens, *document.shape[1:])
             ready.append(rows)
             self._count(full, full * body_tokens)
             # A copy, so that the pool holds the rest alone and not the whole long document behind a view.
@@ -168,21 +170,23 @@ def pack_rows(
     stats: PackStats | None = None,
     pool_tokens: int = POOL_TOKENS,
     block_rows: int = BLOCK_ROWS,
+    columns: int = 1,
 ) -> Iterator[Ids]:
     """Pack documents into rows, lazily.
 
     Args:
-        documents: uint32 ids of each document, without BOS. Empty ones are skipped.
+        documents: uint32 ids of each document, without BOS: [n], or [n, columns]. Empty ones are skipped.
         row_tokens: ids of a row, T+1.
         bos_id: the id that starts every piece.
         stats: filled in as rows are made; complete when the iterator ends.
         pool_tokens: tokens that may wait for a fitting gap; more fits better and takes more memory (4 bytes each).
         block_rows: rows of each yielded block, except the last.
+        columns: numbers of a token, as of `Packer`.
 
     Yields:
-        uint32 arrays [n, row_tokens].
+        uint32 arrays [rows, row_tokens], or [rows, row_tokens, columns].
     """
-    packer = Packer(row_tokens, bos_id, pool_tokens)
+    packer = Packer(row_tokens, bos_id, pool_tokens, columns)
     if stats is not None:
         packer.stats = stats
     waiting: list[Ids] = []

@@ -1,20 +1,21 @@
 """Token shards: rows of T+1 ids in Arrow IPC files that are read through a memory map, and their manifest.
 
-A split (train, val) is one folder. Each shard is an uncompressed Arrow IPC file with one record batch and fixed-size
-list columns: `ids` (uint16, or uint32 for vocabularies above 65,536), and for some data `mask` (uint8; 1 = this id is
-a target that counts). So a shard is one flat array on disk, a row is arithmetic, and opening costs nothing.
+A split (train, val) is one folder. Each shard is an uncompressed Arrow IPC file with one record batch. Its column `ids`
+(uint16, or uint32 for vocabularies above 65,536) has T+1 numbers a row; `COLUMNS` lists what some data have beside it.
+So a column is one flat array on disk, a row is arithmetic, and opening costs nothing.
 `manifest.json` is written last: a folder without it is not finished.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,6 +32,21 @@ MANIFEST = "manifest.json"
 VERSION = 1
 REMEDY = "Run jobs/prepare_data.py"
 _CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column beside `ids`: T+1 numbers a row, or one number a row."""
+
+    dtype: np.dtype[Any]
+    per_token: bool
+
+
+COLUMNS = {
+    "mask": Column(np.dtype(np.uint8), per_token=True),  # 1: the id is a target that counts
+    "kind": Column(np.dtype(np.uint8), per_token=False),  # what the row is (data/stream.py)
+    "end": Column(np.dtype(np.uint32), per_token=False),  # inputs of the row before its padding
+}
 
 
 def ids_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -92,6 +108,9 @@ class Manifest:
             values["columns"] = tuple(raw["columns"])
         except (KeyError, TypeError) as error:
             raise DataError(f"{path!r} lacks or misnames a field ({error}). {REMEDY} to rewrite it.") from error
+        unknown = sorted(set(values["columns"]) - {"ids", *COLUMNS})
+        if unknown:
+            raise DataError(f"{path!r} has columns {', '.join(unknown)} that this program does not know. {REMEDY}.")
         return cls(**values)
 
 
@@ -120,20 +139,17 @@ def write_shard(path: str, columns: Mapping[str, npt.NDArray[Any]]) -> ShardInfo
 
     Args:
         path: local path or URI of the file.
-        columns: arrays [rows, row_tokens], all of the same shape; their dtype is kept.
+        columns: `ids` [rows, row_tokens], and any of `COLUMNS`; dtypes are kept.
 
     Raises:
         StorageError: the disk is full or the path cannot be written; the temporary file is gone.
     """
-    shapes = {array.shape for array in columns.values()}
     assert "ids" in columns, f"a shard needs a column `ids`, not only {sorted(columns)}"
-    assert len(shapes) == 1, f"columns must have one shape, not {shapes}"
-    rows, width = shapes.pop()
-    lists = [
-        pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(a).reshape(-1)), width)
-        for a in columns.values()
-    ]
-    batch = pa.record_batch(lists, names=list(columns))
+    rows = len(columns["ids"])
+    for name, array in columns.items():
+        due = columns["ids"].shape if name == "ids" or COLUMNS[name].per_token else (rows,)
+        assert array.shape == due, f"column {name} has shape {array.shape}, not {due}"
+    batch = pa.record_batch([to_arrow(array) for array in columns.values()], names=list(columns))
     local = storage.is_local(path)
     target = storage.local_path(path) if local else Path(tempfile.gettempdir()) / path.rsplit("/", 1)[-1]
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -153,6 +169,12 @@ def write_shard(path: str, columns: Mapping[str, npt.NDArray[Any]]) -> ShardInfo
     finally:
         temporary.unlink(missing_ok=True)
     return ShardInfo(path.rsplit("/", 1)[-1], rows, sink.bytes, sink.crc32)
+
+
+def to_arrow(array: npt.NDArray[Any]) -> pa.Array:
+    """A column [n] or [n, width] as an Arrow array of numbers or of fixed-size lists."""
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
 
 
 def _publish(temporary: Path, target: Path, path: str) -> None:
@@ -215,14 +237,13 @@ class ShardSet:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row over all columns."""
-        mask_bytes = 1 if "mask" in self.manifest.columns else 0
-        return self.row_tokens * (np.dtype(self.manifest.dtype).itemsize + mask_bytes)
+        return sum(math.prod(self._shape(name, 1)) * self._dtype(name).itemsize for name in self.manifest.columns)
 
     def read(self, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """Gather rows by index in [0, num_rows), in the order asked for.
 
         Returns:
-            each column as a new array [n, T+1] of its stored dtype.
+            each column as a new array of its stored dtype, [n, T+1] or [n].
 
         Raises:
             DataError: a shard is missing, truncated or not what the manifest says.
@@ -231,7 +252,7 @@ class ShardSet:
         assert rows.size == 0 or (rows.min() >= 0 and rows.max() < self.num_rows), "row index out of range"
         shard_of = np.searchsorted(self._ends, rows, side="right")
         touched = np.unique(shard_of)
-        out = {name: np.empty((len(rows), self.row_tokens), self._dtype(name)) for name in self.manifest.columns}
+        out = {name: np.empty(self._shape(name, len(rows)), self._dtype(name)) for name in self.manifest.columns}
         for index in touched:
             here = np.flatnonzero(shard_of == index)
             local = rows[here] - (self._ends[index] - self.manifest.shards[index].rows)
@@ -240,7 +261,7 @@ class ShardSet:
         return out
 
     def columns(self, index: int) -> dict[str, npt.NDArray[Any]]:
-        """Zero-copy views [rows, T+1] of one shard. Raises DataError when the file is damaged."""
+        """Zero-copy views, [rows, T+1] or [rows], of one shard. Raises DataError when the file is damaged."""
         with self._lock:
             if index not in self._open:
                 path = self._fetch(index)
@@ -275,7 +296,10 @@ class ShardSet:
         return storage.join(self.directory, self.manifest.shards[index].name)
 
     def _dtype(self, column: str) -> np.dtype[Any]:
-        return np.dtype(self.manifest.dtype if column == "ids" else np.uint8)
+        return np.dtype(self.manifest.dtype) if column == "ids" else COLUMNS[column].dtype
+
+    def _shape(self, column: str, rows: int) -> tuple[int, ...]:
+        return (rows, self.row_tokens) if column == "ids" or COLUMNS[column].per_token else (rows,)
 
     def _fetch(self, index: int) -> Path:
         remote = self._path(index)
@@ -301,7 +325,8 @@ class ShardSet:
     def _map(self, index: int, path: Path) -> dict[str, npt.NDArray[Any]]:
         info = self.manifest.shards[index]
         try:
-            return open_shard(path, self.manifest.columns, (info.rows, self.row_tokens), self._dtype)
+            shapes = {name: (self._dtype(name), self._shape(name, info.rows)) for name in self.manifest.columns}
+            return open_shard(path, shapes)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise DataError(
                 f"token shard {str(path)!r} is damaged: {error}. Delete it, then run jobs/prepare_data.py."
@@ -317,24 +342,24 @@ class ShardSet:
             )
 
 
-def open_shard(
-    path: Path, columns: Sequence[str], shape: tuple[int, int], dtype_of: Callable[[str], np.dtype[Any]]
-) -> dict[str, npt.NDArray[Any]]:
-    """Map one shard file; arrays [rows, row_tokens] that share the file's pages. Raises ValueError on another shape."""
+def open_shard(path: Path, columns: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> dict[str, npt.NDArray[Any]]:
+    """Map one shard file; arrays of the given dtypes and shapes that share its pages. Raises ValueError on others."""
     batches = pa.ipc.open_file(pa.memory_map(str(path)))
     if batches.num_record_batches != 1:
         raise ValueError(f"it has {batches.num_record_batches} record batches, not 1")
     batch = batches.get_batch(0)
     views = {}
-    for name in columns:
+    for name, (dtype, shape) in columns.items():
         if name not in batch.schema.names:
             raise ValueError(f"it has no column {name!r}")
-        want = pa.list_(pa.from_numpy_dtype(dtype_of(name)), shape[1])
+        numbers = pa.from_numpy_dtype(dtype)
+        want = pa.list_(numbers, shape[1]) if len(shape) == 2 else numbers
         if not batch.schema.field(name).type.equals(want):
             raise ValueError(f"column {name!r} is {batch.schema.field(name).type}, not {want}")
         if batch.num_rows != shape[0]:
             raise ValueError(f"it has {batch.num_rows} rows, its manifest says {shape[0]}")
-        views[name] = batch.column(name).flatten().to_numpy(zero_copy_only=True).reshape(shape)
+        flat = batch.column(name).flatten() if len(shape) == 2 else batch.column(name)
+        views[name] = flat.to_numpy(zero_copy_only=True).reshape(shape)
     return views
 
 

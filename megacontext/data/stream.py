@@ -7,15 +7,14 @@ nothing is shuffled in memory.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from megacontext.data.ahead import ahead
 from megacontext.data.shards import ShardSet
 from megacontext.errors import UserError
 
@@ -142,14 +141,43 @@ def _nearest(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
+TEXT, TASK, CHAT = 0, 1, 2  # kinds of rows: documents, generated recall tasks, conversations
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions of B rows whose answers are known: at most Q a row, -1 where a row has fewer.
+
+    `position` int64 [B, Q]: the token at which the answer is predicted. `evidence` [B, Q]: the block that states the
+    answer. `earlier` [B, Q, 2]: blocks before it that stated another value of the same key.
+    """
+
+    position: I64
+    evidence: I64
+    earlier: I64
+
+
 @dataclass
 class Batch:
-    """One micro-batch of one rank. `ids` int64 [B, T+1]; `mask` uint8 [B, T+1] or None; `positions`, `rows` int64 [B]."""
+    """One micro-batch of one rank: B rows of T+1 ids, int64 [B, T+1].
+
+    `positions` [B]: global positions of the rows in the order of training. `rows` [B]: their numbers in the shards.
+    `weights` float32 [B, T]: factor of each target in the loss, 0 where a target does not count; None: all are 1.
+    `kind` [B]: TEXT, TASK or CHAT. `end` [B]: inputs before the padding, T for a full row. All of [B] are int64.
+    """
 
     ids: torch.Tensor
-    mask: torch.Tensor | None
     positions: I64
     rows: I64
+    weights: torch.Tensor | None = None
+    kind: I64 = field(default_factory=lambda: np.empty(0, np.int64))
+    end: I64 = field(default_factory=lambda: np.empty(0, np.int64))
+    questions: Questions | None = None
+
+    def __post_init__(self) -> None:
+        rows, width = self.ids.shape
+        self.kind = self.kind if len(self.kind) else np.full(rows, TEXT)
+        self.end = self.end if len(self.end) else np.full(rows, width - 1)
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -158,10 +186,8 @@ class Batch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """[B, T] int64; -1 where the mask says that a target does not count."""
-        if self.mask is None:
-            return self.ids[:, 1:]
-        return torch.where(self.mask[:, 1:].bool(), self.ids[:, 1:], -1)
+        """[B, T] int64; -1 where the weight is 0."""
+        return self.ids[:, 1:] if self.weights is None else torch.where(self.weights != 0, self.ids[:, 1:], -1)
 
 
 class MmapStream:
@@ -189,33 +215,11 @@ class MmapStream:
         self._chunk = max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // (shards.row_bytes * plan.device_batch)))
 
     def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._prefetch)
-        stop = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(ready, stop), name="mmap-stream", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            while thread.is_alive():  # the thread may wait for room in the queue
-                try:
-                    ready.get(timeout=0.01)
-                except queue.Empty:
-                    thread.join(timeout=0.01)
+        return ahead(self._read(), self._prefetch, "mmap-stream")
 
-    def _fill(self, ready: queue.Queue[Batch | BaseException | None], stop: threading.Event) -> None:
-        try:
-            for first in range(self._first, self._last, self._chunk):
-                for batch in self._batches(first, min(first + self._chunk, self._last)):
-                    if stop.is_set():
-                        return
-                    ready.put(batch)
-            ready.put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
-            ready.put(error)
+    def _read(self) -> Iterator[Batch]:
+        for first in range(self._first, self._last, self._chunk):
+            yield from self._batches(first, min(first + self._chunk, self._last))
 
     def _batches(self, first: int, last: int) -> list[Batch]:
         """Micro-batches [first, last) of this rank, counted from step 0, by one gather."""
@@ -230,11 +234,13 @@ class MmapStream:
 
 
 def make_batch(columns: dict[str, npt.NDArray[np.generic]], positions: I64, rows: I64) -> Batch:
-    """A batch from stored columns [B, T+1]; ids become int64."""
-    mask = columns.get("mask")
+    """A batch from the columns of shards (`shards.COLUMNS`) for rows at `positions` [B]."""
+    mask, none = columns.get("mask"), np.empty(0, np.int64)
     return Batch(
         ids=torch.from_numpy(columns["ids"].astype(np.int64)),
-        mask=None if mask is None else torch.from_numpy(np.array(mask, dtype=np.uint8)),
         positions=positions,
         rows=rows,
+        weights=None if mask is None else torch.from_numpy(mask[:, 1:].astype(np.float32)),
+        kind=columns.get("kind", none).astype(np.int64),
+        end=columns.get("end", none).astype(np.int64),
     )

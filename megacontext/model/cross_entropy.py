@@ -64,14 +64,14 @@ def _losses_and_grad_(
     column = targets.unsqueeze(-1)
     losses = (total.log() - unit.gather(-1, column).mul_(cap)).squeeze(-1).mul_(weights)
     p.mul_(weights.unsqueeze(-1) / total)
-    own, apart = -weights, None
+    own, divergences = -weights, None
     if lesson is not None:
         taught, share = lesson
         theirs = taught.to(p.dtype).mul_(1 / cap).tanh_()
         q = torch.mul(theirs, cap).exp_()
         total_q = q.sum(dim=-1, keepdim=True)
         further = torch.linalg.vecdot(q, theirs.sub_(unit)).mul_(cap) / total_q.squeeze(-1)
-        apart = (further + (total.log() - total_q.log()).squeeze(-1)).mul_(weights)
+        divergences = (further + (total.log() - total_q.log()).squeeze(-1)).mul_(weights)
         p.addcmul_(q, (weights * share).unsqueeze(-1) / total_q, value=-1)
         own = weights * (share - 1)
     p.scatter_add_(-1, column, own.unsqueeze(-1))
@@ -80,7 +80,7 @@ def _losses_and_grad_(
         torch.addcmul(p, p, squares, value=-1, out=dz)
     else:
         dz.copy_(p.addcmul_(p, squares, value=-1))
-    return losses, apart
+    return losses, divergences
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, vocab = x.shape[0], weight.shape[0]
         outer, inner = _chunks(rows, vocab, x.device)
         columns = targets.clamp(min=0)
-        losses, apart = torch.empty_like(weights), torch.zeros_like(weights)
+        losses, divergences = torch.empty_like(weights), torch.zeros_like(weights)
         dx = torch.empty_like(x) if need[0] else None
         dweight: torch.Tensor | None = None
         logits = x.new_empty((outer, vocab))
@@ -115,16 +115,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 lesson = None if taught is None or share is None else (taught[at], share[block])
                 losses[block], far = _losses_and_grad_(z[at], z[at], columns[block], weights[block], cap, lesson)
                 if far is not None:
-                    apart[block] = far
+                    divergences[block] = far
             if dx is not None:
                 torch.mm(z, cast, out=dx[chunk])
             if need[1]:
                 product = torch.mm(z.t(), x[chunk])
                 dweight = product.to(weight.dtype) if dweight is None else dweight.add_(product)
         ctx.save_for_backward(dx, dweight)
-        ctx.mark_non_differentiable(losses, apart)
-        total = losses.sum() if share is None else torch.lerp(losses, apart, share).sum()
-        return total, losses, apart
+        ctx.mark_non_differentiable(losses, divergences)
+        total = losses.sum() if share is None else torch.lerp(losses, divergences, share).sum()
+        return total, losses, divergences
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -184,7 +184,7 @@ def weighted_cross_entropy(
     return losses.sum(), losses
 
 
-def taught_cross_entropy(
+def distillation_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -215,5 +215,5 @@ def _fused(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     need = (x.requires_grad, weight.requires_grad)
     arguments = (x, weight, targets, weights, cap, need, teacher, share)
-    total, losses, apart = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
-    return total, losses, apart
+    total, losses, divergences = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return total, losses, divergences

@@ -1,11 +1,9 @@
-"""What LensNet and the router are trained on.
+"""The loss of LensNet: preferences between pairs of random working contexts of one row.
 
-LensNet: pairs of random working contexts of one row, of which the one that predicts the newest tokens better is to be
-preferred (Bradley and Terry, 1952), with terms that keep its scores sound; and, where asked for, single edits whose
-effect was measured. Router: the block that is known to hold the answer of a question, against all others; and
-questions against text that asks nothing.
+Of a pair, the context that predicts the newest tokens better is to be preferred (Bradley and Terry, 1952). Further terms
+keep the scores in range. Single edits whose effect was measured are compared with the scores directly.
 
-Shapes: B rows, N variants of a row, P = N·(N-1)/2 pairs, n blocks before the raw tail, Q questions.
+Shapes: B rows, N variants of a row, P = N·(N-1)/2 pairs, n blocks before the raw tail.
 """
 
 from __future__ import annotations
@@ -155,30 +153,6 @@ def utility_loss(chosen_scores: Tensor, utility: Tensor, scale: float) -> Tensor
     utility [B, k]: nats by which the expansion helps the newest tokens. This gives scores their size, not only their order.
     """
     return (chosen_scores - torch.tanh(utility / scale)).square().mean()
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Cross-entropy in nats and top-1 accuracy of questions, [Q] each."""
-
-    loss: Tensor
-    correct: Tensor
-
-
-def route(logits: Tensor, allowed: Tensor, evidence: Tensor, share: Tensor) -> Routing:
-    """Questions over all blocks of the micro-batch: logits [Q, M]; allowed bool [Q, M]; evidence int64 [Q, n], the right
-    ones, each with its share [Q, n] of the probability, 0 where there are fewer."""
-    masked = logits.masked_fill(~allowed, -math.inf)
-    loss = -(masked.log_softmax(1).gather(1, evidence) * share).sum(1)
-    return Routing(loss, (masked.argmax(1, keepdim=True) == evidence).any(1).float())
-
-
-def correlation(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Pearson correlation within each row of [B, N], and 1 for rows where it exists (both sides vary), else 0 and 0."""
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    spread = (x.square().sum(1) * y.square().sum(1)).sqrt()
-    exists = spread > 1e-12
-    return torch.where(exists, (x * y).sum(1) / spread.clamp(min=1e-12), 0.0), exists.float()
 
 
 def _mean(values: Tensor, kept: Tensor) -> Tensor:

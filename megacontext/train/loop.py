@@ -15,7 +15,7 @@ from typing import Any
 
 from megacontext import storage
 from megacontext.checkpoint import checkpoint_name
-from megacontext.data.stream import Batch, BatchPlan, MmapStream
+from megacontext.data.stream import Batch, BatchPlan
 from megacontext.errors import NonFiniteLossError, StorageError
 from megacontext.eval.samples import continuations
 from megacontext.model.flops import peak_flops
@@ -26,11 +26,11 @@ from megacontext.telemetry.tracker import Tracker
 from megacontext.train import schedule
 from megacontext.train.checkpoint import CheckpointWriter
 from megacontext.train.resume import checkpoints_dir
-from megacontext.train.setup import Setup, agree, build, loop_meta
+from megacontext.train.setup import Setup, agree, build, loop_meta, plans_ahead, progress_of
 from megacontext.train.step import Stepper, StepResult
+from megacontext.train.step_plan import StepPlan
 from megacontext.train.task import TrainTask
 from megacontext.train.throughput import Stopwatch, peak_memory_bytes
-from megacontext.train.validation import validate
 from megacontext.train.worker import Worker
 
 MakeStream = Callable[[BatchPlan, int, int], Iterator[Batch]]
@@ -87,26 +87,20 @@ def _train(setup: Setup, tracker: Tracker, make_stream: MakeStream | None, write
     task, worker = setup.task, setup.worker
     first, end = setup.state["step"], setup.num_iterations
     tracker.open(resume_step=first + 1, total_steps=end)
-    if make_stream is None:
-        batches = iter(MmapStream(setup.train_shards, setup.order, setup.plan, worker.rank, first, end))
-    else:
-        batches = make_stream(setup.plan, first, end)
-    if setup.mix is not None:
-        batches = setup.mix.over(batches)
+    source = None if make_stream is None else make_stream(setup.plan, first, end)
+    plans = plans_ahead(setup.objective, setup.rows.read(setup.plan, worker.rank, first, end, source))
     try:
         with (
             RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log,
             otel.from_environment({} if worker.rank else None, stage=task.stage) as telemetry,
         ):
-            return _loop(setup, batches, writer, tracker, rows_log, telemetry)
+            return _loop(setup, plans, writer, tracker, rows_log, telemetry)
     except (NonFiniteLossError, StorageError):
         if writer is not None and setup.state["step"] not in (0, first):
             _save_last(setup, writer)
         raise
     finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+        plans.close()
         tracker.finish()
 
 
@@ -126,15 +120,15 @@ def _save_last(setup: Setup, writer: CheckpointWriter) -> None:
 
 def _loop(
     setup: Setup,
-    batches: Iterator[Batch],
+    plans: Iterator[StepPlan],
     writer: CheckpointWriter | None,
     tracker: Tracker,
     rows_log: RowLog,
     telemetry: Telemetry,
 ) -> bool:
     worker, state, cfg = setup.worker, setup.state, setup.task.train
-    stepper = Stepper(setup.forward, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
-                      cfg.grad_clip, Stopwatch(worker.device), setup.memory)  # fmt: skip
+    stepper = Stepper(setup.objective, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
+                      cfg.grad_clip, Stopwatch(worker.device), setup.rows.every_target_counts)  # fmt: skip
     resumed_at, stop = (state["step"] or None), False
     if state["step"] < setup.num_iterations and agree(worker, worker.stop_requested):
         return False  # asked to stop before the first step: nothing is new, so nothing is saved
@@ -159,9 +153,12 @@ def _loop(
         began = time.perf_counter()
         asked = worker.rank == 0 and worker.stop_requested()
         with telemetry.span("train_step", step=step) as span:
-            result = stepper.run(step, batches, lrm, schedule.muon_momentum(step), asked)
+            result = stepper.run(step, plans, lrm, schedule.muon_momentum(step), asked)
             if result.metrics:
-                span.event("mc_timing", **{f"{name}_ms": ms for name, ms in stepper.watch.phases_ms().items()})
+                span.event(
+                    "mc_timing",
+                    **{f"{name.replace('/', '_')}_ms": ms for name, ms in stepper.watch.phases_ms().items()},
+                )
                 span.event("mc_batch_stats", **{name.removeprefix("mc/"): x for name, x in result.metrics.items()})
         phases_ms = stepper.watch.phases_ms()
         _advance(setup, result, time.perf_counter() - began)
@@ -187,13 +184,12 @@ def _advance(setup: Setup, result: StepResult, seconds: float) -> None:
     state["total_training_time"] += seconds
     state["smooth_loss"] = 0.9 * state["smooth_loss"] + 0.1 * result.loss
     state["last_seconds"] = seconds
-    if setup.memory is not None:
-        state["lens"] = setup.memory.running.state_dict()
+    state["objective"] = setup.objective.state_dict()
 
 
 def _step_flops(setup: Setup) -> float:
     """FLOPs of the step that begins now."""
-    progress = 0.0 if setup.memory is None else setup.memory.progress(setup.state["step"])
+    progress = progress_of(setup.num_iterations)(setup.state["step"])
     return setup.task.flops_per_token(progress) * setup.task.train.total_batch_size
 
 
@@ -213,12 +209,10 @@ def _step_metrics(setup: Setup, result: StepResult, lrm: float, phases_ms: dict[
         "train/tokens_per_step": tokens,
         "train/grad_accum_steps": setup.plan.accum_steps,
         "train/grad_norm": result.grad_norm,
-        **{f"time/{phase}_ms": value for phase, value in phases_ms.items()},
+        **{f"time/{phase}_ms": value for phase, value in phases_ms.items() if "/" not in phase},
         **_totals(state),
         **result.metrics,
     }
-    if setup.memory is not None:
-        metrics["mc/time_controller_ms"] = phases_ms["controller"]
     peak = peak_flops(setup.worker.device, setup.dtype)
     if peak is not None:
         metrics["train/mfu"] = 100 * state["last_flops"] / seconds / (peak * setup.worker.world_size)
@@ -226,22 +220,23 @@ def _step_metrics(setup: Setup, result: StepResult, lrm: float, phases_ms: dict[
 
 
 def _validate(setup: Setup, tracker: Tracker) -> None:
-    state, task = setup.state, setup.task
-    result = validate(setup.model, setup.val_shards, setup.tokenizer, setup.worker, task.train.eval_tokens,
-                      task.train.device_batch_size)  # fmt: skip
-    state["val_bpb"] = result.bpb
-    if state["best_val_bpb"] is None or result.bpb < state["best_val_bpb"]:
-        state["best_val_bpb"] = result.bpb
+    state, worker = setup.state, setup.worker
+    figures = setup.judge(setup.model, worker.rank, worker.world_size)
+    deciding, value = next(iter(figures.items()))
+    state[f"val_{deciding}"] = value
+    best = state.get(f"best_val_{deciding}")
+    if best is None or value < best:
+        state[f"best_val_{deciding}"] = value
         state["best_step"] = state["step"]
-    metrics = {"val/bpb": result.bpb, "val/loss": result.loss, **_totals(state)}
-    if setup.worker.rank == 0:
+    metrics = {**{f"val/{name}": figure for name, figure in figures.items()}, **_totals(state)}
+    if worker.rank == 0:
         tracker.log(metrics, state["step"])
-    setup.worker.report(metrics)
+    worker.report(metrics)
 
 
 def _save(setup: Setup, writer: CheckpointWriter) -> None:
     state = setup.state
-    if state["best_val_bpb"] is not None and state.get("best_step") == state["step"]:
+    if state.get("best_step") == state["step"]:
         state["best_checkpoint"] = checkpoint_name(setup.task.stage, state["step"])
     writer.save(state["step"], setup.model.state_dict(), setup.optimizer.state_dict(), loop_meta(setup))
 
@@ -258,6 +253,6 @@ def _summary(setup: Setup) -> dict[str, float]:
     }
     if state["total_training_time"] > 0:
         metrics["tok_per_sec"] = state["total_tokens"] / state["total_training_time"]
-    if state["val_bpb"] is not None:
-        metrics |= {"val_bpb": state["val_bpb"], "best_val_bpb": state["best_val_bpb"]}
+    judged = {name: value for name, value in state.items() if name.startswith(("val_", "best_val_"))}
+    metrics |= {name: value for name, value in judged.items() if value is not None}
     return metrics

@@ -21,7 +21,7 @@ from megacontext.train.task import TrainTask
 
 _COUNTS = ("step", "rows_consumed", "total_tokens")
 _NUMBERS = ("total_training_flops", "total_training_time", "smooth_loss")
-_MAY_BE_NONE = ("val_bpb", "best_val_bpb")
+_SCALES = {item.name for item in fields(RunningScales)}  # what the objective of an --mc run carries
 
 
 def checkpoints_dir(task: TrainTask) -> str:
@@ -69,13 +69,16 @@ def _not_resumable(meta: Mapping[str, Any]) -> str | None:
     assert isinstance(state, dict)
     wrong = [key for key in _COUNTS if not isinstance(state.get(key), int)]
     wrong += [key for key in _NUMBERS if not isinstance(state.get(key), int | float)]
-    wrong += [key for key in _MAY_BE_NONE if not isinstance(state.get(key, ""), int | float | None)]
+    judged = [key for key in state if key.startswith(("val_", "best_val_"))]
+    wrong += [key for key in judged if not isinstance(state[key], int | float | None)]
     if not isinstance(state.get("best_checkpoint", 0), str | None):
         wrong.append("best_checkpoint")
-    lens = state.get("lens", {})
-    known = {field.name for field in fields(RunningScales)}
-    if not isinstance(lens, dict) or lens.keys() - known or not all(isinstance(x, int | float) for x in lens.values()):
-        wrong.append("lens")
+    for key in ("objective", "lens"):  # "lens": as checkpoints before 2026-11-27 call it
+        carried = state.get(key, {})
+        of_memory = key == "lens" or meta["identity"].get("mc")
+        unknown = isinstance(carried, dict) and of_memory and carried.keys() - _SCALES
+        if not isinstance(carried, dict) or unknown or not all(isinstance(x, int | float) for x in carried.values()):
+            wrong.append(key)
     if wrong:
         return f"{wrong[0]!r} of the state in its {META} is {state.get(wrong[0])!r}"
     return None if state["step"] == meta["step"] else f"the state in its {META} is of step {state['step']}"

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megacontext import precision, storage
 from megacontext.checkpoint import Checkpoint, load_checkpoint
-from megacontext.data.recall_words import WordList
-from megacontext.data.shards import ShardSet
-from megacontext.data.stream import Batch, BatchPlan, MmapStream, RowOrder
+from megacontext.data.ahead import ahead, mapped
+from megacontext.data.stream import TEXT, Batch, BatchPlan
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError
-from megacontext.eval.bpb import shard_batches, validation_rows
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import load_weights
-from megacontext.model.rotary import Rotary
 from megacontext.train.auto_batch import PEAK, STATE_BYTES, fitting_batch, free_memory, saved_bytes
-from megacontext.train.lens_loss import RunningScales
-from megacontext.train.memory_objective import MemoryObjective
+from megacontext.train.objective import Objective
 from megacontext.train.optim import Optimizer, build_optimizer
-from megacontext.train.recall_mix import RecallMix
+from megacontext.train.recipe import Start
 from megacontext.train.resume import check_room, check_tokenizer, checkpoints_dir, newest_to_resume, stored_horizon
+from megacontext.train.rows import Rows
 from megacontext.train.sizing import Pace, describe, fitting_steps
 from megacontext.train.step import Stepper
+from megacontext.train.step_plan import StepPlan
 from megacontext.train.task import TrainTask, horizon_steps
 from megacontext.train.throughput import Stopwatch
+from megacontext.train.validation import Judge
 from megacontext.train.worker import Worker
 
 CALIBRATION_STEPS = 6  # at most
@@ -46,7 +43,7 @@ CALIBRATION_SHARE = 0.05  # of the minutes, after which no further step is timed
 class Setup:
     """`model` is the plain module (saved, validated), `forward` the one that trains: compiled where that pays.
 
-    `memory` is the objective of an `--mc` run, `mix` what puts recall tasks among its rows.
+    `state` is what a checkpoint holds of the loop, as plain JSON.
     """
 
     task: TrainTask
@@ -55,19 +52,13 @@ class Setup:
     forward: GPT
     optimizer: Optimizer
     tokenizer: Tokenizer
-    train_shards: ShardSet
-    val_shards: ShardSet
+    rows: Rows
+    judge: Judge
+    objective: Objective
     plan: BatchPlan
     num_iterations: int
     dtype: torch.dtype
     state: dict[str, Any]
-    memory: MemoryObjective | None
-    mix: RecallMix | None
-
-    @property
-    def order(self) -> RowOrder:
-        """The order of training rows: a pure function of the seed and the number of rows."""
-        return RowOrder(self.train_shards.num_rows, self.task.seed)
 
 
 def build(task: TrainTask, worker: Worker) -> Setup:
@@ -78,15 +69,9 @@ def build(task: TrainTask, worker: Worker) -> Setup:
     """
     tokenizer = Tokenizer.load(task.tokenizer_dir)
     agree(worker, lambda: check_tokenizer(task.tokenizer_dir, tokenizer))
-    train_shards, val_shards = ShardSet.open(task.train_tokens_dir), ShardSet.open(task.val_tokens_dir)
-    for shards in (train_shards, val_shards):
-        shards.check_fits(
-            vocab_size=task.gpt.vocab_size, tokenizer_digest=tokenizer.digest, seq_len=task.gpt.sequence_len
-        )
-        if task.verify_shards and worker.rank == 0:
-            shards.verify()
+    verify = task.verify_shards and worker.rank == 0
+    rows, judge = task.recipe.rows(task, tokenizer, verify), task.recipe.judge(task, tokenizer, verify)
     dtype = precision.choose_dtype(task.dtype, worker.device)
-    mix = recall_mix(task, tokenizer)
     loaded = newest(task, worker)
     num_iterations, device_batch = agree(worker, lambda: choose_sizes(task, worker.device, worker.world_size))
     task = with_batch(task, device_batch)
@@ -94,10 +79,10 @@ def build(task: TrainTask, worker: Worker) -> Setup:
     model, optimizer = fresh(task, worker.device, dtype)
     state: dict[str, Any] = {
         "step": 0, "rows_consumed": 0, "total_tokens": 0, "total_training_flops": 0.0, "total_training_time": 0.0,
-        "smooth_loss": 0.0, "val_bpb": None, "best_val_bpb": None, "best_checkpoint": None,
+        "smooth_loss": 0.0, "best_checkpoint": None,
     }  # fmt: skip
     if loaded is not None:
-        _check_continues(task, loaded, num_iterations, train_shards)
+        _check_continues(task, loaded, num_iterations, rows)
         assert loaded.optimizer is not None
         _check_weights(model, loaded)
         model.load_state_dict(loaded.model)
@@ -107,34 +92,17 @@ def build(task: TrainTask, worker: Worker) -> Setup:
         print(_beginning(task, loaded, num_iterations), flush=True)
     agree(worker, lambda: check_room(task, model, optimizer.state_dict(), num_iterations - state["step"]))
     forward = compiled(model, task.compile, worker.device)
+    carried = state.get("objective", state.pop("lens", {}))  # "lens": as checkpoints before 2026-11-27 call it
+    objective = task.recipe.objective(task, Start(forward, worker.world_size, progress_of(num_iterations), carried))
+    return Setup(
+        task, worker, model, forward, optimizer, tokenizer, rows, judge, objective, plan, num_iterations, dtype, state
+    )
+
+
+def progress_of(num_iterations: int) -> Callable[[int], float]:
+    """The share of a run that is done when a step begins: 0 at the first step, 1 at the last."""
     last = max(1, num_iterations - 1)
-    memory = memory_objective(task, forward, worker.world_size, lambda step: step / last, state.get("lens", {}))
-    return Setup(task, worker, model, forward, optimizer, tokenizer, train_shards, val_shards, plan, num_iterations,
-                 dtype, state, memory, mix)  # fmt: skip
-
-
-def memory_objective(
-    task: TrainTask, model: GPT, world_size: int, progress: Callable[[int], float], running: Mapping[str, Any]
-) -> MemoryObjective | None:
-    """The objective of an `--mc` run, None without; `running` is what a checkpoint's `RunningScales` held."""
-    if task.memory is None:
-        return None
-    view_trunk = any_length_trunk(model) if precision.choose_compile(task.compile, model.device) else None
-    scales = RunningScales(**running)
-    return MemoryObjective(model, task.seed, task.rows_per_step, world_size, progress, scales, view_trunk)
-
-
-def any_length_trunk(model: GPT) -> Callable[[Tensor, Rotary], Tensor]:
-    """The trunk for variants, compiled by itself and once: with that of the rows, each new length would compile anew."""
-    return torch.compile(partial(GPT.trunk, model), dynamic=True)
-
-
-def recall_mix(task: TrainTask, tokenizer: Tokenizer) -> RecallMix | None:
-    """What mixes recall tasks into the rows, None when no row is one. Raises UserError when they do not fit."""
-    if task.memory is None or not task.memory.mc_recall_share:
-        return None
-    words = WordList.from_tokenizer(tokenizer)
-    return RecallMix(task.memory.mc_recall_share, task.seed, words, task.gpt.sequence_len + 1, task.memory.block_size)
+    return lambda step: step / last
 
 
 def newest(task: TrainTask, worker: Worker) -> Checkpoint | None:
@@ -207,10 +175,10 @@ def _check_weights(model: GPT, loaded: Checkpoint) -> None:
         )
 
 
-def _check_continues(task: TrainTask, loaded: Checkpoint, num_iterations: int, train_shards: ShardSet) -> None:
+def _check_continues(task: TrainTask, loaded: Checkpoint, num_iterations: int, rows: Rows) -> None:
     task.check_continues(loaded.meta["identity"], loaded.path)
     check_horizon(loaded.path, loaded.meta["num_iterations"], num_iterations)
-    if loaded.meta["train_data"] != data_digest(train_shards):
+    if loaded.meta["train_data"] != rows.digest:
         raise DataError(
             f"the token shards in {task.train_tokens_dir!r} are not those {loaded.path!r} was trained on; "
             "restore them, or start another --run."
@@ -240,6 +208,11 @@ def choose_sizes(task: TrainTask, device: torch.device, world_size: int, began: 
     return steps, batch
 
 
+def plans_ahead(objective: Objective, batches: Iterator[Batch]) -> Generator[StepPlan]:
+    """Plans of micro-batches in order, drawn by a thread that is two micro-batches ahead of use."""
+    return ahead(mapped(objective.plan, batches), 2, "step-plans")
+
+
 def with_batch(task: TrainTask, device_batch: int) -> TrainTask:
     """The task with micro-batches of so many rows."""
     return replace(task, train=replace(task.train, device_batch_size=device_batch))
@@ -261,28 +234,25 @@ def measure_horizon(task: TrainTask, device: torch.device, world_size: int, bega
     start = time.time()
     waited = start - (start if began is None else began)
     print(f"{task.stage}: measuring how long a step takes, for --max_minutes {task.train.max_minutes:g}", flush=True)
-    shards = ShardSet.open(task.train_tokens_dir)
+    tokenizer = Tokenizer.load(task.tokenizer_dir)
+    rows, judge = task.recipe.rows(task, tokenizer, False), task.recipe.judge(task, tokenizer, False)
     plan = BatchPlan(task.rows_per_step // world_size, task.train.device_batch_size, 1)
     model, optimizer = fresh(task, device, precision.choose_dtype(task.dtype, device))
     forward = compiled(model, task.compile, device)
-    memory = memory_objective(task, forward, 1, lambda step: 0.5, {})  # the mean length of a run's variants
-    stepper = Stepper(forward, optimizer, device, 1, plan.accum_steps, task.train.grad_clip, Stopwatch(device), memory)
-    batches: Iterator[Batch] = iter(
-        MmapStream(shards, RowOrder(shards.num_rows, task.seed), plan, 0, 0, CALIBRATION_STEPS)
-    )
-    mix = recall_mix(task, Tokenizer.load(task.tokenizer_dir))
-    if mix is not None:
-        batches = mix.over(batches)
+    objective = task.recipe.objective(task, Start(forward, 1, lambda step: 0.5, {}))  # variants of a run's mean length
+    stepper = Stepper(objective, optimizer, device, 1, plan.accum_steps, task.train.grad_clip, Stopwatch(device))
+    plans = plans_ahead(objective, rows.read(plan, 0, 0, CALIBRATION_STEPS))
     seconds: list[float] = []
     least = 1 if forward is model else 2  # the first step of a compiled model says how long compiling takes
     while len(seconds) < CALIBRATION_STEPS and (
         len(seconds) < least or sum(seconds) < CALIBRATION_SHARE * task.train.max_minutes * 60
     ):
         before = time.perf_counter()
-        stepper.run(len(seconds), batches, 0.0, 0.85, stop=False)
+        stepper.run(len(seconds), plans, 0.0, 0.85, stop=False)
         seconds.append(time.perf_counter() - before)
     step_s = statistics.fmean(seconds[1:] or seconds)
-    validation_s = _time_validation(task, model, world_size)
+    plans.close()
+    validation_s = judge.seconds(model, world_size)
     again = max(0.0, seconds[0] - step_s)  # compiling, and whatever else only a first step does
     pace = Pace(spent=2 * waited + time.time() - start + again, step=step_s, validation=validation_s)
     fitting = fitting_steps(task.train, pace)
@@ -290,18 +260,6 @@ def measure_horizon(task: TrainTask, device: torch.device, world_size: int, bega
     storage.write_json(_horizon_file(task), {"num_iterations": steps, "step_seconds": step_s})
     print(f"{task.stage}: {describe(task.train, pace, fitting, steps)}", flush=True)
     return steps
-
-
-@torch.no_grad()
-def _time_validation(task: TrainTask, model: GPT, world_size: int) -> float:
-    """Seconds of one worker's share of a validation, by its first micro-batch."""
-    shards = ShardSet.open(task.val_tokens_dir)
-    rows = validation_rows(shards, task.train.eval_tokens)[::world_size]
-    size = task.train.device_batch_size
-    before = time.perf_counter()
-    for ids, targets in shard_batches(shards, rows[:size], size, model.device):
-        float(model.loss(ids, targets, reduction="none").sum())  # the number waits for the device
-    return (time.perf_counter() - before) * len(rows) / min(size, len(rows))
 
 
 def known_batch(task: TrainTask) -> int | None:
@@ -326,12 +284,14 @@ def measure_batch(task: TrainTask, device: torch.device, world_size: int) -> int
     """
     asked = task.train.device_batch_size
     model, _ = fresh(task, device, precision.choose_dtype(task.dtype, device))
-    memory = memory_objective(replace(task, compile="off"), model, 1, lambda step: 0.0, {})
-    assert memory is not None
-    shards = ShardSet.open(task.train_tokens_dir)
-    row = next(iter(MmapStream(shards, RowOrder(shards.num_rows, task.seed), BatchPlan(1, 1, 1), 0, 0, 1)))
-    memory.begin(0)  # the first steps decide, whose variants are the longest
-    row_bytes = saved_bytes(model, lambda: memory.loss(row, device, 1.0, Stopwatch(device)))
+    objective = task.recipe.objective(replace(task, compile="off"), Start(model, 1, lambda step: 0.0, {}))
+    rows = task.recipe.rows(task, Tokenizer.load(task.tokenizer_dir), False)
+    batches = rows.read(BatchPlan(1, 1, 1), 0, 0, 64)
+    first = next(batches)
+    text = next((batch for batch in itertools.chain([first], batches) if batch.kind[0] == TEXT), first)
+    objective.begin(0)  # the first steps decide, whose variants are the longest
+    plan = objective.plan(text).to(device)
+    row_bytes = saved_bytes(model, lambda: objective.loss(plan, 1.0, Stopwatch(device)))
     free = free_memory(device) // (1 if device.type == "cuda" else world_size)
     fixed = STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
     chosen = fitting_batch(asked, row_bytes, fixed, free)
@@ -355,11 +315,6 @@ def _batch_file(task: TrainTask) -> str:
     return storage.join(task.run_dir, "horizon", f"{task.stage}_batch.json")
 
 
-def data_digest(shards: ShardSet) -> str:
-    """Identity of the rows: the checksums of all shards in order."""
-    return hashlib.sha256(repr([(shard.rows, shard.crc32) for shard in shards.manifest.shards]).encode()).hexdigest()
-
-
 def loop_meta(setup: Setup) -> dict[str, Any]:
     """What a checkpoint stores beside the tensors, as plain JSON."""
     memory = setup.task.memory
@@ -367,7 +322,7 @@ def loop_meta(setup: Setup) -> dict[str, Any]:
         **({"memory_config": asdict(memory)} if memory is not None else {}),
         "identity": setup.task.identity(),
         "num_iterations": setup.num_iterations,
-        "train_data": data_digest(setup.train_shards),
+        "train_data": setup.rows.digest,
         "tokenizer_digest": setup.tokenizer.digest,
         "model_config": json.loads(json.dumps(setup.task.identity()["model_config"])),
         "state": setup.state,

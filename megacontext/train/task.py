@@ -7,26 +7,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megacontext.config import GPTConfig, MemoryConfig, TrainConfig
-from megacontext.data.recall import question_counts
 from megacontext.errors import CheckpointError, UserError
 from megacontext.flags import free_flags
-from megacontext.model import flops
-from megacontext.model.flops import count_params, train_flops_per_token
-from megacontext.model.router import QUERY_TOKENS
-from megacontext.train.recall_mix import QUESTIONS
+from megacontext.model.flops import count_params
+from megacontext.stages import BASE
+from megacontext.train.recipe import Recipe
 from megacontext.train.sizing import floor_steps
-from megacontext.train.step_plan import QUIET_WINDOWS
-from megacontext.train.views import ViewSettings
 
 # Settings on which no result of training depends: they may change between two starts of a run.
-FREE_TRAIN_FLAGS = free_flags(TrainConfig, "base_train")
-FREE_MEMORY_FLAGS = free_flags(MemoryConfig, "base_train")
+FREE_TRAIN_FLAGS = free_flags(TrainConfig, BASE)
+FREE_MEMORY_FLAGS = free_flags(MemoryConfig, BASE)
 HORIZON_FLAGS = frozenset({"num_iterations", "target_flops", "max_minutes", "min_tokens", "target_param_data_ratio"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """Everything the loop needs to train one stage; paths are absolute or URIs. `memory` is None without `--mc`."""
+    """Everything the loop needs to train one stage. Paths are absolute or URIs. `memory` is None without `--mc`."""
 
     stage: str
     run_dir: str
@@ -37,6 +33,7 @@ class TrainTask:
     train: TrainConfig
     seed: int
     memory: MemoryConfig | None = None
+    recipe: Recipe = field(default_factory=Recipe)
     dtype: str = "auto"
     compile: str = "auto"
     verify_shards: bool = True
@@ -77,30 +74,8 @@ class TrainTask:
         }
 
     def flops_per_token(self, progress: float) -> float:
-        """Training FLOPs per token of a row when a share `progress` of the run is done: of the raw row, and with a memory
-        of its tree, its variants and their teacher's predictions, the lens with its labels and measured edits, and the
-        router's queries as well. The GPT's convention for all."""
-        if self.memory is None:
-            return train_flops_per_token(self.gpt)
-        views, gpt, memory = ViewSettings.of(self.memory, self.gpt.sequence_len), self.gpt, self.memory
-        entries = views.length(views.entries(progress))
-        once = views.tokens * flops.forward_flops_per_token(gpt, views.tokens)
-        once += views.variants * entries * flops.forward_flops_per_token(gpt, entries)
-        once += flops.tree_flops(gpt, memory, views.tokens)
-        if memory.routing_slots and memory.mc_recall_share:
-            asked = sum(question_counts(views.tokens + 1, views.block_size, QUESTIONS, again=True))
-            queries = QUIET_WINDOWS + memory.mc_recall_share * asked
-            once += queries * flops.routing_key_flops(gpt, memory, QUERY_TOKENS)
-        once += flops.lens_flops(gpt, memory, views.length(views.last_entries) - views.horizon)
-        single = views.tokens - (views.blocks - 1) * (views.block_size - 1)
-        edits = min(memory.mc_max_counterfactuals, views.blocks) * single
-        forward = edits * flops.forward_flops_per_token(gpt, single) if edits else 0.0
-        if memory.mc_gist_teacher_share:
-            forward += views.variants * entries * flops.head_flops_per_token(gpt)
-        if memory.mc_lens_attention_weight:
-            text = 1 - memory.mc_recall_share
-            forward += text * flops.attention_label_flops(gpt, views.tokens, views.horizon)
-        return (3 * once + forward) / views.tokens
+        """Training FLOPs per token of a row when a share `progress` of the run is done."""
+        return self.recipe.flops_per_token(self.gpt, self.memory, progress)
 
     @property
     def mean_flops_per_token(self) -> float:

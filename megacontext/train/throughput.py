@@ -21,16 +21,18 @@ class Stopwatch:
         self._marks = [("", self._now())]
 
     def mark(self, phase: str) -> None:
-        """End a phase; phases of the same name add up."""
+        """End a phase; phases of the same name add up. The phase `forward/raw` is part of the phase `forward`."""
         self._marks.append((phase, self._now()))
 
     def phases_ms(self) -> dict[str, float]:
-        """Milliseconds of each phase of the step. Waits for the device."""
+        """Milliseconds of each phase of the step, and of each part of one. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
         totals: dict[str, float] = {}
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            totals[phase] = totals.get(phase, 0.0) + _elapsed_ms(begin, end)
+            spent, whole = _elapsed_ms(begin, end), phase.partition("/")[0]
+            for name in dict.fromkeys((whole, phase)):
+                totals[name] = totals.get(name, 0.0) + spent
         return totals
 
     def _now(self) -> torch.cuda.Event | float:
