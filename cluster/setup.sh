@@ -33,6 +33,8 @@ settings=(
     "HF_TOKEN|secret|Hugging Face token (empty: public files only)"
     "MC_OTEL_ENDPOINT|plain|OTLP collector, host:port (empty: no telemetry)"
     "MC_OTEL_INSECURE|plain|1 when the collector has no TLS (empty: TLS)"
+    "OTEL_EXPORTER_OTLP_PROTOCOL|plain|what the collector speaks, http/protobuf or grpc (empty: http/protobuf)"
+    "OTEL_EXPORTER_OTLP_HEADERS|secret|name=value headers that the collector wants (empty: none)"
 )
 
 if [ "$install" = 1 ]; then

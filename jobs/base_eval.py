@@ -34,6 +34,7 @@ from megacontext.eval.ngram import evaluate_ngrams
 from megacontext.eval.samples import continuations
 from megacontext.model.gpt import GPT
 from megacontext.stages import BASE_EVAL
+from megacontext.telemetry import otel
 from megacontext.train.worker import choose_device, prepare_process
 
 SECTIONS = [RunConfig, DataConfig, EvalConfig]
@@ -141,7 +142,8 @@ def core_metrics(model: GPT, tokenizer: Tokenizer, bundle: CoreBundle, max_per_t
 
 def _timed(name: str, work: Callable[[], Value]) -> Value:
     began = time.perf_counter()
-    result = work()
+    with otel.span(name.replace(" ", "_").lower()):
+        result = work()
     print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
     return result
 

@@ -162,7 +162,7 @@ def timeline(
 ) -> tuple[FocusLog, dict[str, float]]:
     """A session that reads the first window's history in pieces and refocuses after each; its `runtime/…` metrics."""
     ids = windows.history(0)
-    with otel.from_environment(stage=STAGE) as telemetry:
+    with otel.opened() as telemetry:
         log = FocusLog(telemetry)
         with mc.Session(
             model, tokenizer, settings.budget, recent_tokens=settings.tail, block_size=settings.block_size, on_refocus=log

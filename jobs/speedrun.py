@@ -19,6 +19,7 @@ from jobs.runtime import cli
 from jobs.runtime.checks import check
 from jobs.runtime.stage import run_stage
 from megacontext.config import DataConfig, EvalConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.telemetry import otel
 
 SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, EvalConfig]
 
@@ -28,9 +29,10 @@ JOBS = (prepare_text.JOB, tok_train.JOB, tok_eval.JOB, prepare_data.JOB, base_tr
 def pipeline(args: cli.Args) -> None:
     """Check the settings, run every stage that is not complete, then write the report card."""
     check(args, JOBS)
-    for job in JOBS:
-        run_stage(job, args)
-    report.run(args)
+    with otel.opened(run=args.run.run, rank=0), otel.span("speedrun"):
+        for job in JOBS:
+            run_stage(job, args)
+        report.run(args)
 
 
 def main() -> None:

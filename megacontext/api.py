@@ -16,6 +16,7 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, read_config, save_nanochat_model
+from megacontext.telemetry import otel
 
 _Section = TypeVar("_Section", GPTConfig, MemoryConfig)
 STAGES = ("rl", "sft", "mid", "base")  # later stages first
@@ -56,7 +57,8 @@ def load(
     compute_dtype = precision.choose_dtype(dtype, where)
     own = _own_checkpoint(path, stage, step, tag)
     if own is not None:
-        loaded = load_checkpoint(own, with_optimizer=False)
+        with otel.span("checkpoint_load", path=own):
+            loaded = load_checkpoint(own, with_optimizer=False)
         for name, asked in (("stage", stage), ("step", step)):
             if asked is not None and loaded.meta.get(name, asked) != asked:
                 raise CheckpointError(f"checkpoint {own!r} is of {name} {loaded.meta[name]}, not {asked}.")
@@ -68,7 +70,8 @@ def load(
     else:
         kind = {"sft": "chatsft", "rl": "chatrl"}.get(stage, stage) if stage else None
         folder, found_step = _nanochat_checkpoint(path, kind, tag, step)
-        model, _ = load_nanochat(folder, found_step)
+        with otel.span("checkpoint_load", path=folder):
+            model, _ = load_nanochat(folder, found_step)
         tokenizer_dir = _beside(folder, path)
     tokenizer = Tokenizer.load(tokenizer_dir)
     if tokenizer.vocab_size != model.config.vocab_size:

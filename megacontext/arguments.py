@@ -24,22 +24,40 @@ if TYPE_CHECKING:
 MAX_SEED = (1 << 64) - 1
 
 
-def whole_number(name: str, value: object, low: int | None = None, high: int | None = None, remedy: str = "") -> int:
-    """An int from `low` to `high`. Raises UserError for anything else, 2.0 and "2" included."""
+def whole_number(
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    remedy: str = "",
+    *,
+    above: float | None = None,
+    off: float | None = None,
+) -> int:
+    """An int from `low` to `high`, larger than `above`, or `off`. Raises UserError for anything else, 2.0 and "2" included."""
     right = isinstance(value, Integral) and not isinstance(value, bool)
-    if not right or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
-        raise UserError(_wrong(name, value, "a whole number", low, high, remedy))
+    if not right or not _within(value, low, high, above, off):
+        raise UserError(_wrong(name, value, "a whole number", low, high, remedy, above, off))
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
-def number(name: str, value: object, low: float | None = None, high: float | None = None, remedy: str = "") -> float:
-    """A finite float from `low` to `high`. Raises UserError for anything else, NaN included."""
+def number(
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    remedy: str = "",
+    *,
+    above: float | None = None,
+    off: float | None = None,
+) -> float:
+    """A finite float from `low` to `high`, larger than `above`, or `off`. Raises UserError for anything else, NaN included."""
     try:
         found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         found = math.inf
-    if not math.isfinite(found) or (low is not None and found < low) or (high is not None and found > high):
-        raise UserError(_wrong(name, value, "a finite number", low, high, remedy))
+    if not math.isfinite(found) or not _within(found, low, high, above, off):
+        raise UserError(_wrong(name, value, "a finite number", low, high, remedy, above, off))
     return found
 
 
@@ -156,15 +174,29 @@ def finite(what: str, *values: torch.Tensor) -> None:
         )
 
 
+def _within(value: Any, low: float | None, high: float | None, above: float | None, off: float | None) -> bool:
+    if off is not None and value == off:
+        return True
+    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+
+
 def _wrong(
-    name: str, value: object, wanted: str, low: float | None = None, high: float | None = None, remedy: str = ""
+    name: str,
+    value: object,
+    wanted: str,
+    low: float | None = None,
+    high: float | None = None,
+    remedy: str = "",
+    above: float | None = None,
+    off: float | None = None,
 ) -> str:
-    limits = {
-        (False, False): "",
-        (True, False): f" of at least {low}",
-        (False, True): f" of at most {high}",
-        (True, True): f" from {low} to {high}",
-    }[low is not None, high is not None]
+    if above is not None:
+        limits = f" above {above}" + (f" and at most {high}" if high is not None else "")
+    elif low is not None and high is not None:
+        limits = f" from {low} to {high}"
+    else:
+        limits = f" of at least {low}" if low is not None else f" of at most {high}" if high is not None else ""
+    limits += f", or {off}" if off is not None else ""
     return f"{name} is {_shown(value)}; it must be {wanted}{limits}." + (f" {remedy}" if remedy else "")
 
 

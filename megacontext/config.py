@@ -109,16 +109,17 @@ def run_name_problem(name: str) -> str:
 class RunConfig(Section, stages=TRAINING):
     """Who the run is, where it lives and what it runs on."""
 
-    run: str = _machine("speedrun", "name of the run; the same name continues where it stopped")
+    run: str = _machine("speedrun", "name of the run; the same name continues where it stopped", first=True)
     tier: str = flag(
         "auto",
         "size preset; auto is cpu without a GPU, else by GPU",
         ("auto", "cpu", "5090", "h100", "speedrun", "run1000"),
         stages=TEXT,
         decides=(),  # what it stands for is compared: the text, and every setting by itself
+        first=True,
     )
     base_dir: str = _machine(
-        "", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)"
+        "", "folder for shards, tokenizer and runs (default: NANOCHAT_BASE_DIR or ~/.cache/nanochat)", first=True
     )
     storage: str = _machine("", "folder or fsspec URI that holds runs (default: <base_dir>/runs)")
     init_from: str = flag(
@@ -126,6 +127,7 @@ class RunConfig(Section, stages=TRAINING):
         "start from a trained model, ours or nanochat's: a run, a checkpoint or a nanochat base directory, or its URI; "
         "its shape and tokenizer are taken over; with --mc it gets a memory",
         stages=TOKENIZER,
+        first=True,
     )
     seed: int = flag(1337, "seed of initialization, data order and sampling", high=2**63 - 1)
     num_workers: int = _machine(0, "training processes; 0 is one per GPU of the cluster, or 1 without GPUs")
@@ -146,6 +148,7 @@ class RunConfig(Section, stages=TRAINING):
         "auto",
         "Weights & Biases; auto is online with WANDB_API_KEY set, else off",
         ("auto", "online", "offline", "off"),
+        first=True,
     )
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class DataConfig(Section, stages=ROWS):
         "",
         "folder or fsspec URI of parquet shards with a `text` column, last shard = validation; empty: the tier's own data",
         stages=TEXT,
+        first=True,
     )
     data_shards: int = flag(0, "training shards to download, in tiers that download", stages=TEXT)
     vocab_size: int = flag(
@@ -171,6 +175,7 @@ class DataConfig(Section, stages=ROWS):
         low=MIN_VOCAB_SIZE,
         stages=TOKENIZER,
         shape=True,
+        first=True,
     )
     tok_max_chars: int = flag(
         2_000_000_000, "characters of text the tokenizer is trained on at most", low=1, stages=TOKENIZER
@@ -194,7 +199,7 @@ class DataConfig(Section, stages=ROWS):
 class ModelConfig(Section, stages=TRAINING):
     """The one dial and its few overrides."""
 
-    depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)", low=1, shape=True)
+    depth: int = flag(20, "layers; width is 64·depth, heads of 128 (64 below depth 4)", low=1, shape=True, first=True)
     width: int = flag(0, "model width; 0 derives it from depth", shape=True)
     n_kv_head: int = flag(0, "key/value heads; 0 is one per query head", shape=True)
     token_shift: int = flag(
@@ -210,7 +215,7 @@ class TrainConfig(Section, stages=TRAINING):
     """Horizon, batch, optimizers and the habits of the loop. Defaults are nanochat's 2025 recipe."""
 
     num_iterations: int = flag(
-        -1, "optimizer steps; -1: by target_flops, then max_minutes, then target_param_data_ratio", low=-1
+        -1, "optimizer steps; -1: by target_flops, then max_minutes, then target_param_data_ratio", low=-1, first=True
     )
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 is off", above=0, off=-1)
     max_minutes: float = flag(
@@ -218,6 +223,7 @@ class TrainConfig(Section, stages=TRAINING):
         "size the horizon so that training takes about this long on this machine, in minutes; -1 is off",
         above=0,
         off=-1,
+        first=True,
     )
     min_tokens: int = flag(
         0,
@@ -225,7 +231,9 @@ class TrainConfig(Section, stages=TRAINING):
         "A --max_minutes on the command line makes this 0, unless it is given too",
     )
     target_param_data_ratio: float = flag(20.0, "training tokens per parameter; -1 is off", above=0, off=-1)
-    device_batch_size: int = _free(32, "rows per forward pass of one worker", low=1, stages=TRAINING + EVALUATION)
+    device_batch_size: int = _free(
+        32, "rows per forward pass of one worker", low=1, stages=TRAINING + EVALUATION, first=True
+    )
     total_batch_size: int = flag(524288, "tokens per optimizer step over all workers", low=1)
     embedding_lr: float = flag(0.2, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head at width 768")
@@ -259,7 +267,7 @@ class TrainConfig(Section, stages=TRAINING):
 class MemoryConfig(Section, stages=TRAINING):
     """MegaContext: the gist tree, what fills the working context, and how both are trained. Lengths in tokens or entries."""
 
-    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)", high=1)
+    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)", high=1, first=True)
     block_size: int = flag(32, "children per gist", low=2, shape=True)
     max_lod: int = flag(2, "highest level in training; inference uses as many as the history needs", low=1)
     gistnet_type: str = flag("transformer", "what makes a gist of its children", ("transformer", "mean"), shape=True)
@@ -356,7 +364,9 @@ class MemoryConfig(Section, stages=TRAINING):
 class EvalConfig(Section, stages=EVALUATION):
     """What is measured after training."""
 
-    eval_bundle: str = flag("", "folder with core.yaml, eval_meta_data.csv and eval_data/ for CORE; empty skips CORE")
+    eval_bundle: str = flag(
+        "", "folder with core.yaml, eval_meta_data.csv and eval_data/ for CORE; empty skips CORE", first=True
+    )
     core_max_per_task: int = flag(500, "items per CORE task; -1 is all", low=1, off=-1)
     sample_tokens: int = flag(32, "tokens of each printed sample", low=1)
 

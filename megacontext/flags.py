@@ -5,12 +5,11 @@ A section of settings is a frozen dataclass that inherits from `Section`; its va
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+from megacontext import arguments
 from megacontext.errors import UserError
 from megacontext.stages import Stage, among
 
@@ -28,6 +27,7 @@ def flag(
     decides: tuple[str, ...] | None = None,
     machine: bool = False,
     shape: bool = False,
+    first: bool = False,
 ) -> Any:
     """A field of a section that is a command-line flag as well.
 
@@ -37,10 +37,11 @@ def flag(
     decides: those whose result depends on the setting; unless given, all that read it.
     machine: the setting says where or how one job runs. A later job of the run does not take it over.
     shape: the setting decides which weights a model has, so `--init_from` takes it from the model.
+    first: `--help` shows the flag. `--help_all` shows every flag.
     """
     limits = {"low": None if above is not None else low, "high": high, "above": above, "off": off}
     metadata = {"help": help, "choices": choices, **limits, "stages": stages, "decides": () if machine else decides,
-                "machine": machine, "shape": shape}  # fmt: skip
+                "machine": machine, "shape": shape, "first": first}  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -79,50 +80,23 @@ def free_flags(section: type[Section], stage: Stage) -> frozenset[str]:
 
 def check_value(item: Field[Any], value: Any) -> None:
     """Raises UserError when a setting has a value of the wrong type or outside its limits."""
-    problem = _problem(item, value)
-    if problem:
-        raise UserError(f"--{item.name} is {value if isinstance(value, numbers.Real) else repr(value)}; {problem}.")
+    name, choices = f"--{item.name}", item.metadata["choices"]
+    if isinstance(item.default, str):
+        if "\0" in arguments.text(name, value):
+            raise UserError(f"{name} is {value!r}; it must not contain a null character.")
+        if choices:
+            arguments.choice(name, value, choices)
+    elif not (is_switch(item) and isinstance(value, bool)):  # a YAML file may say true
+        check = arguments.whole_number if isinstance(item.default, int) else arguments.number
+        check(name, value, **{limit: item.metadata[limit] for limit in ("low", "high", "above", "off")})
+
+
+def is_switch(item: Field[Any]) -> bool:
+    """Whether a setting is 0 or 1; its flag may stand alone, which is 1."""
+    return isinstance(item.default, int) and (item.metadata["low"], item.metadata["high"]) == (0, 1)
 
 
 def from_flat(section: type[Any], values: Mapping[str, Any]) -> Any:
     """Build one section from a flat mapping; keys of other sections are ignored. Raises UserError for impossible values."""
     names = {item.name for item in fields(section)}
     return replace(section(), **{name: value for name, value in values.items() if name in names})
-
-
-def _problem(item: Field[Any], value: Any) -> str:
-    """What is wrong with a value, as the end of a sentence; empty when it is right."""
-    choices = item.metadata["choices"]
-    if isinstance(item.default, str):
-        if not isinstance(value, str):
-            return "it must be text"
-        if "\0" in value:
-            return "it must not contain a null character"
-        return "" if not choices or value in choices else f"it must be one of {', '.join(choices)}"
-    if isinstance(item.default, int):
-        if not isinstance(value, numbers.Integral):
-            return "it must be a whole number"
-    elif not isinstance(value, numbers.Real):
-        return "it must be a number"
-    elif not math.isfinite(value):
-        return "it must be a finite number"
-    return "" if _within(item, value) else _limits(item)
-
-
-def _within(item: Field[Any], value: Any) -> bool:
-    low, high, above, off = (item.metadata[name] for name in ("low", "high", "above", "off"))
-    if off is not None and value == off:
-        return True
-    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-
-
-def _limits(item: Field[Any]) -> str:
-    """The limits of a number in words."""
-    low, high, above, off = (item.metadata[name] for name in ("low", "high", "above", "off"))
-    if high is not None and above is None:
-        words = f"{low} or {high}" if isinstance(item.default, int) and high == low + 1 else f"between {low} and {high}"
-    elif above is not None:
-        words = f"above {above}" + (f" and at most {high}" if high is not None else "")
-    else:
-        words = f"at least {low}"
-    return f"it must be {words}" + (f", or {off}" if off is not None else "")

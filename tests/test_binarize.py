@@ -239,7 +239,7 @@ def test_short_documents_can_be_left_out(tmp_path: Path, tokenizer: Tokenizer) -
     settings = {"tier": "cpu", "base_dir": str(tmp_path), "data_dir": str(tmp_path)}
     folders = {cli.paths(cli.resolve(settings | {"min_doc_chars": n})).tokens_dir for n in (0, 1000, 2000)}
     assert len(folders) == 3
-    with pytest.raises(UserError, match="--min_doc_chars is -1; it must be at least 0"):
+    with pytest.raises(UserError, match="--min_doc_chars is -1; it must be a whole number of at least 0"):
         cli.resolve(settings | {"min_doc_chars": -1})
 
 

@@ -42,7 +42,7 @@ def test_the_settings_of_another_run_without_its_machine(tmp_path: Path) -> None
     ("text", "said"),
     [
         ("dept: 3", "has 'dept', which is no setting"),
-        ("depth: 0", "--depth is 0; it must be at least 1"),
+        ("depth: 0", "--depth is 0; it must be a whole number of at least 1"),
         ("depth: many", "--depth is 'many'; it must be a whole number"),
         ("[1, 2]", "holds no settings"),
         ("{depth: 3", "is not YAML"),

@@ -262,7 +262,7 @@ def test_mc_may_stand_alone_or_with_its_value(given: list[str], tmp_path: Path) 
 
 def test_settings_that_cannot_be_end_the_job_with_their_message() -> None:
 
-    with pytest.raises(SystemExit, match="--block_size is 1; it must be at least 2"):
+    with pytest.raises(SystemExit, match="--block_size is 1; it must be a whole number of at least 2"):
         cli.parse(SECTIONS, None, ["--tier", "cpu", "--mc", "--block_size", "1"])
 
 
@@ -284,4 +284,4 @@ def test_steps_are_spans_with_what_they_measured(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(otel.Telemetry, "span", span)
     train_here(make_mc_task(folder, "spans", num_iterations=2, save_every=-1))
-    assert seen == ["train_step", "mc_timing", "mc_batch_stats"] * 2
+    assert seen == ["train_step", "mc_timing", "mc_batch_stats"] * 2 + ["validation"]

@@ -191,7 +191,7 @@ def test_a_token_changes_no_loss_before_it(token: int, seed: int) -> None:
 
 
 def test_the_raw_view_as_a_plan_is_the_vanilla_forward_pass() -> None:
-    from megacontext.context.views import all_raw_plan
+    from plans import all_raw_plan
 
     model, batch = new_model(), new_batch()
     views = ViewSettings.of(MEMORY, T)

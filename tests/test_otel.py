@@ -2,90 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import platform
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from collector import Collector, plain
 from patience import PATIENCE_S
+from test_resume import train_here
+from tiny import make_task
 
+from jobs.runtime import cli, environment
+from jobs.runtime.stage import Job, run_stage
+from megacontext.config import RunConfig
 from megacontext.context.allocator import AllocatorConfig, FocusAllocator
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
-from megacontext.telemetry import otel
-
-
-class Collector:
-    """An OTLP/HTTP server that keeps what it gets; with `hang` it takes requests and never answers."""
-
-    def __init__(self, hang: bool = False, status: int = 200) -> None:
-        self.bodies: list[tuple[str, bytes]] = []
-        self.hung = threading.Event()
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                collector.bodies.append((self.path, body))
-                if hang:
-                    collector.hung.wait()
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.server_port}"
-
-    def spans(self) -> dict[str, Any]:
-        found = {}
-        for _, body in self.bodies:
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                for scope in resource.scope_spans:
-                    found.update({span.name: span for span in scope.spans})
-        return found
-
-    def close(self) -> None:
-        self.hung.set()
-        self.server.shutdown()
-        self.server.server_close()
+from megacontext.stages import TOK_EVAL
+from megacontext.telemetry import otel, otlp
 
 
 @pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """A collector, and the patience that it needs on a busy machine."""
-    monkeypatch.setattr(otel, "SEND_SECONDS", PATIENCE_S)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that sending takes on a busy machine."""
+    monkeypatch.setattr(otlp, "SEND_SECONDS", PATIENCE_S)
     monkeypatch.setattr(otel, "CLOSE_SECONDS", PATIENCE_S)
-    server = Collector()
+
+
+@pytest.fixture(params=otlp.PROTOCOLS)
+def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def collector(patient: None, protocol: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """A collector that `MC_OTEL_ENDPOINT` names, of each protocol."""
+    server = Collector(protocol)
+    monkeypatch.setenv(otlp.ENDPOINT, server.address)
+    monkeypatch.setenv(otlp.INSECURE, "1")
     yield server
     server.close()
-
-
-def plain(attributes: Any) -> dict[str, Any]:
-    def value(any_value: Any) -> Any:
-        kind = any_value.WhichOneof("value")
-        found = getattr(any_value, kind)
-        return [value(item) for item in found.values] if kind == "array_value" else found
-
-    return {item.key: value(item.value) for item in attributes}
-
-
-def connect(address: str, **resource: Any) -> otel.Telemetry:
-    return otel.from_environment({otel.ENDPOINT: address, otel.INSECURE: "1"}, **resource)
 
 
 def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> None:
@@ -95,7 +63,7 @@ def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> Non
     after, report = allocator.refocus(
         context, lambda c: scores[: len(c)] if len(c) == len(scores) else np.zeros(len(c))
     )
-    with connect(collector.address, run="r", rank=0) as telemetry:
+    with otel.from_environment(run="r", rank=0) as telemetry:
         assert telemetry.enabled
         with telemetry.span("train_step", step=3) as step:
             time.sleep(0.02)
@@ -104,7 +72,11 @@ def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> Non
                 telemetry.event("working_context_snapshot", **otel.context_values(after))
             step.event("mc_timing", total_ms=1.5, build_ms=math.nan)
         telemetry.event("delta_nll", value=0.04, horizon=32)
-    assert {path for path, _ in collector.bodies} == {"/v1/traces"}
+    assert collector.paths <= {"/v1/traces"}
+    (sender,) = {tuple(sorted(found.items())) for found in collector.senders()}
+    assert {"mc.run": "r", "mc.rank": 0, "host.name": platform.node(), "service.name": "megacontext"}.items() <= dict(
+        sender
+    ).items()
     spans = collector.spans()
     assert set(spans) == {"train_step", "refocus", "delta_nll"}
     step_span, inner, alone = spans["train_step"], spans["refocus"], spans["delta_nll"]
@@ -127,7 +99,7 @@ def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> Non
 
 
 def test_a_generator_gives_its_span_as_parent_and_threads_do_not_mix(collector: Collector) -> None:
-    telemetry = connect(collector.address)
+    telemetry = otel.from_environment()
 
     def generate() -> Iterator[int]:
         request = telemetry.start("request")
@@ -153,20 +125,20 @@ def test_a_generator_gives_its_span_as_parent_and_threads_do_not_mix(collector: 
 
 
 def test_an_error_marks_its_span_without_its_words(collector: Collector) -> None:
-    telemetry = connect(collector.address)
+    telemetry = otel.from_environment()
     with pytest.raises(ValueError, match="the user said"), telemetry.span("request"):
         raise ValueError("the user said something private")
     telemetry.close()
     span = collector.spans()["request"]
     assert (span.status.code, span.status.message) == (2, "ValueError")
-    assert b"private" not in b"".join(body for _, body in collector.bodies)
+    assert b"private" not in collector.content
 
 
 def test_secrets_do_not_leave(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    with connect(collector.address, command="train --key 0123456789abcdef") as telemetry:
+    with otel.from_environment(command="train --key 0123456789abcdef") as telemetry:
         telemetry.event("inference_update", note=["0123456789abcdef"], shape=(1, 2), mixed=[1, 2.5])
-    assert b"0123456789abcdef" not in b"".join(body for _, body in collector.bodies)
+    assert b"0123456789abcdef" not in collector.content
     (event,) = collector.spans()["inference_update"].events
     assert plain(event.attributes) == {"mc.note": ["***"], "mc.shape": [1, 2], "mc.mixed": [1.0, 2.5]}
 
@@ -181,26 +153,30 @@ def busy_work(telemetry: otel.Telemetry, spans: int) -> float:
 
 @pytest.mark.parametrize("kind", ["hangs", "refuses", "absent", "no such host"])
 def test_a_bad_collector_does_not_stop_a_run(
-    kind: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, protocol: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is raised and the end comes; the work never waits for a request (the queue takes it or drops it)."""
-    monkeypatch.setattr(otel, "SEND_SECONDS", 0.4)
+    monkeypatch.setattr(otlp, "SEND_SECONDS", 0.4)
     monkeypatch.setattr(otel, "CLOSE_SECONDS", 0.8)
-    server = Collector(hang=kind == "hangs", status=400) if kind in ("hangs", "refuses") else None
+    monkeypatch.setattr(otlp, "_said", set())
+    server = Collector(protocol, hang=kind == "hangs", status=400) if kind in ("hangs", "refuses") else None
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         free = f"127.0.0.1:{unused.getsockname()[1]}"
-    telemetry = connect(server.address if server else free if kind == "absent" else "collector.invalid:4318")
+    address = server.address if server else free if kind == "absent" else "collector.invalid:4318"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    telemetry = otel.from_environment()
     busy_work(telemetry, 2000)  # twice what the queue holds
     deadline = time.perf_counter() + PATIENCE_S
-    while not telemetry._exporter.lost and time.perf_counter() < deadline:
+    while not telemetry._exporters[0].lost and time.perf_counter() < deadline:
         time.sleep(0.02)
     telemetry.close()
     telemetry.close()
     if server is not None:
         server.close()
     out, err = capfd.readouterr()
-    assert out.count("takes no spans; the run goes on") == 1
+    assert out.count(f"takes no traces over {protocol}; the run goes on") == 1
     assert "lost" in out
     assert "Failed to export" not in err
     busy_work(telemetry, 3)  # closed: nothing happens
@@ -210,15 +186,18 @@ def test_off_means_off() -> None:
     """Without an endpoint nothing is imported, and the calls are there all the same."""
     code = """
 import sys
-from megacontext.telemetry import otel
-t = otel.from_environment({})
-assert not t.enabled
-with t.span("a", x=1) as span:
-    span.event("mc_timing", total_ms=1)
-    span.set(y=2)
-    t.event("mc_timing", total_ms=1)
-t.start("b").end()
-t.close()
+from megacontext.stages import TOK_EVAL
+from megacontext.telemetry import otel, otlp
+with otel.opened(run="r") as t:
+    assert not t.enabled and otel.active() is t
+    with otel.span("a", x=1) as span:
+        span.event("mc_timing", total_ms=1)
+        span.set(y=2)
+        t.event("mc_timing", total_ms=1)
+        assert otel.carrier() == {}
+    t.start("b").end()
+    t.gauges({"train/loss": 1.0})
+assert otel.active() is not t
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
@@ -226,48 +205,180 @@ assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 
 def test_an_interpreter_that_ends_sends_what_waits(collector: Collector) -> None:
     code = f"""
-from megacontext.telemetry import otel
-otel.SEND_SECONDS = otel.CLOSE_SECONDS = {PATIENCE_S}
-t = otel.from_environment({{"MC_OTEL_ENDPOINT": "{collector.address}", "MC_OTEL_INSECURE": "1"}})
-with t.span("last"):
+from megacontext.stages import TOK_EVAL
+from megacontext.telemetry import otel, otlp
+otlp.SEND_SECONDS = otel.CLOSE_SECONDS = {PATIENCE_S}
+with otel.from_environment().span("last"):
     pass
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
     assert "last" in collector.spans()
 
 
+def test_an_interpreter_ends_although_its_collector_hangs(protocol: str) -> None:
+    server = Collector(protocol, hang=True)
+    code = """
+from megacontext.stages import TOK_EVAL
+from megacontext.telemetry import otel, otlp
+otel.CLOSE_SECONDS = 0.2
+with otel.opened(), otel.span("last"):
+    otel.active().gauges({"train/loss": 1.0})
+"""
+    variables = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": server.url, "OTEL_EXPORTER_OTLP_TIMEOUT": "100000"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S, env=variables)
+    server.close()
+
+
+def test_the_standard_variables_are_enough(patient: None, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans and metrics go to the standard endpoint, with its headers and the sender's name, below the parent given."""
+    server = Collector(protocol)
+    for name, value in {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": server.url,
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Basic%20abc",
+        "OTEL_SERVICE_NAME": "mine",
+        "OTEL_RESOURCE_ATTRIBUTES": "team=blue,host.name=box",
+        otel.PARENT: f"00-{7:032x}-{9:016x}-01",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with otel.opened(run="r", rank=1) as telemetry:
+        with otel.span("outer"):
+            carried = otel.carrier()[otel.PARENT].split("-")
+        with otel.opened(run="another") as same:
+            assert same is telemetry
+        telemetry.gauges({"train/loss": 2.5, "val/bpb": math.nan})
+    outer = server.spans()["outer"]
+    assert (outer.trace_id, outer.parent_span_id) == ((7).to_bytes(16, "big"), (9).to_bytes(8, "big"))
+    assert [carried[1], carried[2]] == [outer.trace_id.hex(), outer.span_id.hex()]
+    assert server.gauges() == {"train/loss": 2.5}
+    assert {headers["authorization"] for headers in server.headers} == {"Basic abc"}
+    (sender,) = server.senders()
+    assert {
+        "service.name": "mine", "team": "blue", "host.name": "box", "mc.run": "r", "mc.rank": 1,
+    }.items() <= sender.items()  # fmt: skip
+    server.close()
+
+
+BASE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4318/otlp/"}
+GRPC = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+
+
 @pytest.mark.parametrize(
-    ("endpoint", "insecure", "url"),
+    ("given", "traces", "metrics"),
     [
-        ("", True, ""),
-        ("host:4318", True, "http://host:4318/v1/traces"),
-        ("host:4318", False, "https://host:4318/v1/traces"),
-        ("http://host:4318", False, "http://host:4318/v1/traces"),
-        ("https://host/otlp/v1/traces", True, "https://host/otlp/v1/traces"),
+        ({}, None, None),
+        ({otlp.ENDPOINT: "host:4318", otlp.INSECURE: "1"}, "http://host:4318/v1/traces", None),
+        ({otlp.ENDPOINT: "host:4318"}, "https://host:4318/v1/traces", None),
+        ({otlp.ENDPOINT: "http://host:4318"}, "http://host:4318/v1/traces", None),
+        ({otlp.ENDPOINT: "https://host/own/path", otlp.INSECURE: "1"}, "https://host/own/path", None),
+        ({otlp.ENDPOINT: "host:4317", **GRPC}, "https://host:4317", None),
+        ({otlp.ENDPOINT: "host:4317", "OTEL_EXPORTER_OTLP_INSECURE": "true"}, "http://host:4317/v1/traces", None),
+        (BASE, "http://all:4318/otlp/v1/traces", "http://all:4318/otlp/v1/metrics"),
+        ({**BASE, otlp.ENDPOINT: "http://one:1"}, "http://one:1/v1/traces", "http://all:4318/otlp/v1/metrics"),
+        (
+            {**BASE, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://t:1/in", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://m:2"},
+            "http://t:1/in",
+            "http://m:2/",
+        ),
+        ({**GRPC, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4317"}, "http://all:4317", "http://all:4317"),
+        ({**GRPC, "OTEL_EXPORTER_OTLP_ENDPOINT": "all:4317", "OTEL_EXPORTER_OTLP_INSECURE": "true"}, *["http://all:4317"] * 2),
+        ({**BASE, "OTEL_TRACES_EXPORTER": "none"}, None, "http://all:4318/otlp/v1/metrics"),
+        ({**BASE, "OTEL_METRICS_EXPORTER": "none"}, "http://all:4318/otlp/v1/traces", None),
+        ({**BASE, "OTEL_METRICS_EXPORTER": "prometheus"}, "http://all:4318/otlp/v1/traces", None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, "http://localhost:4318/v1/traces", None),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "", None),
+        ({**BASE, otlp.ENDPOINT: "http://one:1", "OTEL_SDK_DISABLED": "true"}, None, None),
     ],
-)
-def test_addresses(endpoint: str, insecure: bool, url: str) -> None:
-    assert otel.traces_url(endpoint, insecure) == url
+)  # fmt: skip
+def test_addresses(given: dict[str, str], traces: str | None, metrics: str | None) -> None:
+    targets = [otlp.destination(signal, given) for signal in ("traces", "metrics")]
+    assert [target.endpoint if target else None for target in targets] == [traces, metrics]
 
 
 @pytest.mark.parametrize("endpoint", ["grpc://host:4317", "http://", "two words:1"])
-def test_what_is_no_address_is_a_user_error(endpoint: str) -> None:
-    with pytest.raises(UserError, match="OTLP/HTTP collector"):
-        otel.traces_url(endpoint, True)
+@pytest.mark.parametrize("name", [otlp.ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"])
+def test_what_is_no_address_is_a_user_error(name: str, endpoint: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is .*OTLP collector"):
+        otlp.destination("traces", {name: endpoint})
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_choices_are_named_once_and_ignored(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(otlp, "_said", set())
+    for _ in range(2):
+        found = otlp.destination(
+            "traces", {**BASE, "OTEL_TRACES_EXPORTER": "otlp,zipkin", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}
+        )
+    assert found == otlp.Destination("traces", "http://all:4318/otlp/v1/traces")
+    said = capsys.readouterr().out
+    assert said.count("'zipkin', which is ignored") == said.count("'http/json', which is ignored") == 1
+
+
+def test_console_spans_are_lines_of_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+from megacontext.stages import TOK_EVAL
+from megacontext.telemetry import otel, otlp
+with otel.opened(), otel.span("shown", x=1):
+    pass
+"""
+    variables = {**os.environ, "OTEL_TRACES_EXPORTER": "console"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S, env=variables)
+    (line,) = capfd.readouterr().out.splitlines()
+    assert (json.loads(line)["name"], json.loads(line)["attributes"]) == ("shown", {"mc.x": 1})
+
+
+def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end the job where our own variable asks for telemetry; the standard ones may be meant for other programs."""
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.setattr(otlp, "_said", set())
+    target = otlp.Destination("traces", "http://127.0.0.1:1/v1/traces")
+    assert not otel.Telemetry(target).enabled
+    assert "megacontext[otel]" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"megacontext\[otel\]"):
-        connect("127.0.0.1:1")
+        otel.Telemetry(replace(target, demanded=True))
 
 
-def test_runtime_metrics_leave_out_what_is_unknown() -> None:
-    context = WorkingContext.all_raw(100, 32)
-    _, report = FocusAllocator(AllocatorConfig(budget=128, recent_tokens=16)).refocus(
-        context, lambda c: np.zeros(len(c))
-    )
-    assert otel.runtime_metrics(report) == {
-        "runtime/swap_rate": 0.0,
-        "runtime/token_budget_utilization": 100 / 128,
-    }
+def test_a_run_is_one_trace(tmp_path: Path, collector: Collector, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps with their loss, validations, saving and loading of checkpoints nest below the stage, with real durations."""
+    task = make_task(tmp_path, "traced", num_iterations=4, save_every=2, eval_every=2)
+    with otel.opened(run="traced", rank=0):
+        for name in ("base_train", "again"):
+            with otel.span(name):
+                train_here(task)
+    spans = collector.all_spans()
+    stages = {name: collector.spans()[name] for name in ("base_train", "again")}
+
+    def below(stage: str) -> list[tuple[str, dict[str, Any]]]:
+        found = sorted((span for span in spans if span.parent_span_id == stages[stage].span_id),
+                       key=lambda span: span.start_time_unix_nano)  # fmt: skip
+        for span in found:
+            assert stages[stage].start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
+            assert span.end_time_unix_nano <= stages[stage].end_time_unix_nano
+        return [(span.name, plain(span.attributes)) for span in found]
+
+    first = below("base_train")
+    names = [name for name, _ in first if name != "checkpoint_save"]
+    assert names == ["validation", *["train_step"] * 2, "validation", *["train_step"] * 2, "validation"]
+    assert [values["mc.step"] for name, values in first if name == "checkpoint_save"] == [2, 4]
+    records = [json.loads(line) for line in (tmp_path / "traced" / "metrics.jsonl").read_text().splitlines()]
+    assert [values["mc.loss"] for name, values in first if name == "train_step"] == [
+        record["train/loss"] for record in records if "train/loss" in record
+    ]
+    assert [values["mc.bpb"] for name, values in first if name == "validation"] == [
+        record["val/bpb"] for record in records if "val/bpb" in record
+    ]
+    assert below("again") == [("checkpoint_load", {"mc.path": f"{task.run_dir}/checkpoints/megacontext_base_000004"})]
+
+
+def test_a_stage_is_a_span_with_its_metrics(tmp_path: Path, collector: Collector) -> None:
+    args = cli.parse([RunConfig], None, ["--tier", "cpu", "--base_dir", str(tmp_path), "--run", "mine"])
+    run_stage(Job(TOK_EVAL, lambda args: {"tok_eval/bytes_per_token": 3.5, "tok_eval/text": "x"}), args)
+    assert plain(collector.spans()["tok_eval"].attributes) == {"mc.bytes_per_token": 3.5}
+    assert collector.senders()[0]["mc.run"] == "mine"
+
+
+def test_a_job_on_a_cluster_gets_the_variables_but_not_the_secret_one() -> None:
+    given = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}
+    secret = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer 1"}
+    assert environment.forwarded(given | secret) == given
+    assert environment.secrets_kept_back(given | secret) == list(secret)

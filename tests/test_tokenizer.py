@@ -135,12 +135,6 @@ def test_round_trip_and_all_encoders_agree(tokenizer: Tokenizer, text: str) -> N
     assert tokenizer.decode(array) == text
 
 
-def test_encode_batch_keeps_order(tokenizer: Tokenizer, texts: list[str]) -> None:
-    assert tokenizer.encode_batch(texts, 3) == [tokenizer.encode(text) for text in texts]
-    with pytest.raises(UserError, match="num_threads is 0"):
-        tokenizer.encode_batch(texts, 0)
-
-
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "ok \ud83d\ude80"])
 def test_surrogates_as_tiktoken_does(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plans import all_raw_plan, plan_of
 
 from megacontext.context.gist_function import levels_of
 from megacontext.context.invariants import check_working_context
 from megacontext.context.variants import sample_variants
-from megacontext.context.views import ViewPlan, all_raw_plan, next_token_targets, plan_of
+from megacontext.context.views import ViewPlan, next_token_targets
 from megacontext.context.working_context import InvariantError, WorkingContext, smallest_budget
 from megacontext.errors import UserError
 
@@ -56,7 +57,7 @@ def test_variants_are_legal_and_targets_are_m1(drawn: tuple[ViewPlan, int, int, 
     assert plan.tokens.tolist() == [tokens] * len(plan.length)
     history = np.random.default_rng(1).integers(0, 99, (int(plan.sequence.max()) + 1, tokens + one_more))
     assert next_token_targets(plan, history).tolist() == slow_targets(plan, history)
-    columns = plan.tail_columns(min(tail, tokens))
+    columns = plan.length[:, None] + np.arange(-min(tail, tokens), 0)
     starts = np.take_along_axis(plan.starts, columns, 1)
     assert (starts == np.arange(tokens - min(tail, tokens), tokens)).all()  # variants share the tail
 
@@ -126,8 +127,6 @@ def test_plans_of_single_contexts() -> None:
     plan.check()
     assert [plan.context(view) for view in range(2)] == contexts
     assert plan.valid.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
-    with pytest.raises(UserError, match="horizon"):
-        plan.tail_columns(3)
     broken = ViewPlan(plan.lod, plan.index + 1, plan.length, plan.sequence, 4)
     with pytest.raises(InvariantError, match="padding"):
         broken.check()

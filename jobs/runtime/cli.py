@@ -32,9 +32,7 @@ from megacontext.config import (
     preset,
 )
 from megacontext.errors import MegaContextError
-from megacontext.flags import from_flat
-
-_SWITCHES = frozenset({"mc"})  # flags that may stand without their value, which is then 1
+from megacontext.flags import from_flat, is_switch
 
 
 class Args(SimpleNamespace):
@@ -76,15 +74,17 @@ def parse(
 ) -> Args:
     """Parse flags of the given sections over the defaults of run and tier. Unknown flags end the program with 2.
 
+    `--help` shows the flags of a section that are marked as first, all of them where none is.
     aliases: other spellings of flags, by name. stage: the name of the stage of training that is parsed for, if one is.
     """
     finish(environment.load)  # .mc_env may name the base folder, which is a default below
     parser = Parser(description)
     for section in sections:
         group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
+        some = any(item.metadata["first"] for item in fields(section))
         for item in fields(section):
-            switch = {"nargs": "?", "const": 1} if item.name in _SWITCHES else {}
-            group.add_argument(
+            switch = {"nargs": "?", "const": 1} if is_switch(item) else {}
+            action = group.add_argument(
                 f"--{item.name}",
                 *aliases.get(item.name, ()),
                 **switch,
@@ -94,6 +94,8 @@ def parse(
                 metavar=None if item.metadata["choices"] else type(item.default).__name__.upper(),
                 help=f"{item.metadata['help']} [{tier_note(item.name, item.default)}]".replace("%", "%%"),
             )
+            if some and not item.metadata["first"]:
+                parser.hide(action)
     if DataConfig in sections and MemoryConfig not in sections:
         parser.add_argument(
             "--mc", nargs="?", const=1, type=int, default=argparse.SUPPRESS, metavar="INT",
@@ -118,7 +120,7 @@ def tier_note(name: str, default: Any) -> str:
     """The default of a flag, and where tiers set another one."""
     others = [f"{tier}: {values[name]}" for tier, values in TIERS.items() if name in values]
     others += [f"{tier} with --mc: {values[name]}" for tier, values in MC_IMPLIES.items() if name in values]
-    return ", ".join([f"default {default!r}", *others])
+    return ", ".join([f"default {default!r}" if default != "" else "default: empty", *others])
 
 
 def resolve(given: Mapping[str, Any], stage: str = "") -> Args:

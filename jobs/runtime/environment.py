@@ -29,11 +29,19 @@ FORWARDED = (
     "MEGACONTEXT_ENABLE_WANDB",
     "HF_HOME",
     "HF_ENDPOINT",
-    "MC_OTEL_ENDPOINT",
-    "MC_OTEL_INSECURE",
+    *(f"MC_OTEL_{name}" for name in ("ENDPOINT", "INSECURE")),
+    *(
+        f"OTEL_{name}"
+        for name in ("SDK_DISABLED", "SERVICE_NAME", "RESOURCE_ATTRIBUTES", "TRACES_EXPORTER", "METRICS_EXPORTER")
+    ),
+    *(
+        f"OTEL_EXPORTER_OTLP_{signal}{name}"
+        for signal in ("", "TRACES_", "METRICS_")
+        for name in ("ENDPOINT", "PROTOCOL", "INSECURE", "TIMEOUT")
+    ),
 )
 PATHS = ("NANOCHAT_BASE_DIR", "HF_HOME", "MEGACONTEXT_ENV_FILE")  # variables that hold a path
-NEEDED_SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+NEEDED_SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "OTEL_EXPORTER_OTLP_HEADERS")
 
 
 def env_file() -> Path | None:

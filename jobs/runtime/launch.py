@@ -22,6 +22,7 @@ from megacontext import storage
 from megacontext.checkpoint import latest_checkpoint, read_meta
 from megacontext.data.stream import BatchPlan
 from megacontext.errors import CheckpointError, MegaContextError, UserError
+from megacontext.telemetry import otel
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train.loop import train
 from megacontext.train.resume import check_start, checkpoints_dir, newest_to_resume
@@ -182,7 +183,7 @@ def _trainer(
             storage_path=storage.join(task.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": workers.env_vars},
+            worker_runtime_env={"env_vars": workers.env_vars | otel.carrier()},
         ),
     )
 

@@ -12,13 +12,15 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """`ArgumentParser` that shows its description as it is written, accepts no abbreviations, and limits its numbers.
 
-    A mistake ends the program with status 2.
+    A mistake ends the program with status 2. `--help` leaves out the flags that were given to `hide`; `--help_all` shows
+    every flag.
     """
 
     def __init__(self, description: str | None = None) -> None:
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        self._hidden: list[argparse.Action] = []
 
     def add_argument(  # type: ignore[override]
         self, *names: str, low: float = 0, high: float = math.inf, **settings: Any
@@ -28,9 +30,34 @@ class Parser(argparse.ArgumentParser):
             settings["type"] = _number(settings["type"], low, high)
         return super().add_argument(*names, **settings)
 
+    def hide(self, action: argparse.Action) -> None:
+        """Leave a flag out of `--help`."""
+        if not self._hidden:
+            super().add_argument("--help_all", action=_HelpAll, nargs=0, help="show every flag of this job and exit")
+        self._hidden.append(action)
+
+    def format_help(self) -> str:
+        """The help without the hidden flags, and without the groups that have no other."""
+        groups, shown = self._action_groups, {action: action.help for action in self._hidden}
+        for action in self._hidden:
+            action.help = argparse.SUPPRESS
+        self._action_groups = [
+            group for group in groups if any(action.help != argparse.SUPPRESS for action in group._group_actions)
+        ]
+        try:
+            text = super().format_help()
+        finally:
+            self._action_groups = groups
+            for action, help_text in shown.items():
+                action.help = help_text
+        return text + (f"\n--help_all shows {len(shown)} more flags.\n" if shown else "")
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and which flag comes nearest to an unknown one."""
-        self.exit(2, f"{self.prog}: {message}{self._meant(message)}.\n{self.prog} --help lists all flags.\n")
+        self.exit(
+            2,
+            f"{self.prog}: {message}{self._meant(message)}.\n{self.prog} {'--help_all' if self._hidden else '--help'} lists all flags.\n",
+        )
 
     def _meant(self, message: str) -> str:
         if not message.startswith("unrecognized arguments: "):
@@ -42,6 +69,16 @@ class Parser(argparse.ArgumentParser):
             if near and near[0] not in found:
                 found.append(near[0])
         return f" (did you mean {', '.join(found)}?)" if found else ""
+
+
+class _HelpAll(argparse.Action):
+    """`--help_all`: show the help with every flag, and end the program with status 0."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        assert isinstance(parser, Parser)
+        parser._hidden.clear()
+        parser.print_help()
+        parser.exit()
 
 
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

@@ -12,7 +12,7 @@ from jobs.runtime import run_settings, stopping
 from jobs.runtime.cli import Args, flat_values, paths, source_name
 from megacontext import storage
 from megacontext.stages import EVALUATE, TRAIN, Stage
-from megacontext.telemetry import provenance
+from megacontext.telemetry import otel, provenance
 from megacontext.telemetry.report import read_stage, write_stage
 
 
@@ -57,8 +57,10 @@ def run_stage(job: Job, args: Args, again: bool = False) -> dict[str, Any]:
     if _is_first_process():
         begin(job.stage, args)
     began = time.time()
-    output = dict(job.run(args))
-    metrics = {key: value for key, value in output.items() if isinstance(value, int | float)}
+    with otel.opened(run=args.run.run, rank=int(os.environ.get("RANK", "0"))), otel.span(job.name) as span:
+        output = dict(job.run(args))
+        metrics = {key: value for key, value in output.items() if isinstance(value, int | float)}
+        span.set(**{key.removeprefix(f"{job.name}/"): value for key, value in metrics.items()})
     seconds = time.time() - began
     flops = metrics.get(f"{job.name}/total_training_flops", 0.0)
     texts = {key: value for key, value in output.items() if key not in metrics}

@@ -37,7 +37,7 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, stride: int, writable: bool) -> None:
-        self.path, self.stride, self._writable = path, stride, writable
+        self.path, self.stride = path, stride
         self._fd = -1
         with contextlib.suppress(FileNotFoundError):
             self._fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)

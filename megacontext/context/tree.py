@@ -45,7 +45,6 @@ class Tree:
         self.block_size = gist.block_size
         self.max_lod = max_lod
         self.gist_runs: dict[int, int] = {}  # records made and stored by this object, by level (T3)
-        self.leaf_blocks_seen = 0  # blocks given to gist.leaf: the stored ones, and those that were context again
         if max_lod is not None and max_lod < 0:
             raise UserError(f"max_lod is {max_lod}; use 0 for raw tokens only, or None for as many levels as needed.")
         window = gist.block_size * gist.leaf_context_blocks
@@ -218,7 +217,6 @@ class Tree:
                 parts.append(self.gist.leaf(block_ids[:whole].view(-1, c, r)).flatten(0, 1))
             if blocks > whole:
                 parts.append(self.gist.leaf(block_ids[whole:].unsqueeze(0)).squeeze(0))
-        self.leaf_blocks_seen += blocks
         records = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._checked(records[context:], last - first, 1, first)
 

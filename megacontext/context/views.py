@@ -98,16 +98,6 @@ class ViewPlan:
         is_last = np.arange(self.lod.shape[1]) == self.length[:, None] - 1
         return np.where(valid & (next_raw | is_last), ends, IGNORED)
 
-    def tail_columns(self, horizon: int) -> I64:
-        """[V, horizon] columns of the last `horizon` entries: the raw tail, whose losses views of a sequence share.
-
-        Raises UserError when a view is shorter, or not raw there.
-        """
-        columns = self.length[:, None] - horizon + np.arange(horizon)
-        if (columns < 0).any() or np.take_along_axis(self.lod, np.maximum(columns, 0), 1).any():
-            raise UserError(f"not all views end with {horizon} raw tokens; use a horizon within the tail.")
-        return columns
-
     def check(self) -> None:
         """Raise InvariantError unless every view tiles its tokens and padding is as promised."""
         if (self.lod[~self.valid] != 0).any() or (self.index[~self.valid] != 0).any():
@@ -121,24 +111,6 @@ class ViewPlan:
                 f"W2: view {view} entry {at} (lod {self.lod[view, at]}, index {self.index[view, at]}) "
                 f"starts at token {self.starts[view, at]}, but {due[view, at]} is due."
             )
-
-
-def plan_of(contexts: Sequence[WorkingContext], sequence: Sequence[int] | None = None) -> ViewPlan:
-    """A plan from single working contexts (of one block size), padded to the longest."""
-    length = np.array([len(context) for context in contexts], np.int64)
-    lod = np.zeros((len(contexts), int(length.max(initial=0))), np.int64)
-    index = np.zeros_like(lod)
-    for view, context in enumerate(contexts):
-        lod[view, : len(context)], index[view, : len(context)] = context.lod, context.index
-    owner = np.arange(len(contexts)) if sequence is None else np.asarray(sequence)
-    return ViewPlan(lod, index, length, owner.astype(np.int64), contexts[0].block_size)
-
-
-def all_raw_plan(sequences: int, tokens: int, block_size: int) -> ViewPlan:
-    """The baseline of a batch: one raw view per sequence."""
-    index = np.broadcast_to(np.arange(tokens, dtype=np.int64), (sequences, tokens))
-    length = np.full(sequences, tokens, np.int64)
-    return ViewPlan(np.zeros((sequences, tokens), np.int64), index, length, np.arange(sequences), block_size)
 
 
 def next_token_targets(plan: ViewPlan, tokens: npt.NDArray[np.integer]) -> I64:

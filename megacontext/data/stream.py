@@ -101,18 +101,6 @@ class BatchPlan:
                 f"rows per step, or a device batch of {self._fitting_batch()}."
             )
 
-    @classmethod
-    def from_tokens(cls, total_batch_tokens: int, seq_len: int, device_batch: int, world_size: int) -> BatchPlan:
-        """The plan for a batch given in tokens. Raises UserError naming the nearest batches that divide."""
-        step_tokens = seq_len * device_batch * world_size
-        if step_tokens < 1 or total_batch_tokens < 1 or total_batch_tokens % step_tokens:
-            raise UserError(
-                f"--total_batch_size {total_batch_tokens} tokens is not a multiple of {step_tokens} = {seq_len} tokens a "
-                f"row × {device_batch} rows (--device_batch_size) × {world_size} workers. Nearest: "
-                f"{_nearest(total_batch_tokens, max(1, step_tokens))}."
-            )
-        return cls(total_batch_tokens // seq_len, device_batch, world_size)
-
     @property
     def accum_steps(self) -> int:
         """Micro-batches of a rank per optimizer step."""

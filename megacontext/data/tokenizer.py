@@ -10,8 +10,7 @@ import hashlib
 import io
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +148,9 @@ class Tokenizer:
         ids: list[int] = self.encode_numpy(text).tolist()
         return [self.bos_id, *ids] if bos else ids
 
-    def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        """Token ids of many texts, in order, on `num_threads` threads."""
-        texts = arguments.items("texts", texts, "texts")
-        num_threads = arguments.whole_number("num_threads", num_threads, 1)
-        with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(self.encode, texts))
-
     def encode_numpy(self, text: str) -> npt.NDArray[np.uint32]:
         """Token ids of a text as a read-only uint32 array, without a Python list in between."""
-        arguments.text("text", text, "Lists of texts are for encode_batch.")
+        arguments.text("text", text, "Encode the texts of a list one by one.")
         encode = self.encoding._core_bpe.encode_to_tiktoken_buffer
         try:
             return np.frombuffer(encode(text, _NO_SPECIAL), dtype=np.uint32)

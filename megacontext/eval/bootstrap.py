@@ -27,10 +27,6 @@ class Interval:
     low: float
     high: float
 
-    def excludes(self, number: float) -> bool:
-        """Whether the whole interval lies on one side of a number."""
-        return self.low > number or self.high < number
-
 
 @dataclass(frozen=True)
 class Resampler:

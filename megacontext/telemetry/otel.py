@@ -1,39 +1,39 @@
-"""Spans and events over OTLP (HTTP) when `MC_OTEL_ENDPOINT` is set; nothing at all otherwise.
+"""Spans, events and metrics over OTLP, where the environment names a collector; nothing at all otherwise.
 
 A collector that is slow, broken or absent never stops or slows a run: spans wait in a bounded queue, a thread sends
-them with short timeouts, what does not fit is dropped, and closing waits a few seconds at most. Names are those that
-users of the first prototype know: attributes `mc.<key>`, events in `EVENTS`.
+them with short timeouts, what does not fit is dropped, and closing waits a few seconds at most. Attributes are named
+`mc.<key>`, events are those in `EVENTS`. `otlp.py` reads the variables.
 
-    telemetry = otel.from_environment(run="speedrun", stage="base")
-    with telemetry.span("train_step", step=7) as step:
-        with telemetry.span("refocus"):
-            telemetry.event("focus_allocator", **focus_values(report))
+    with otel.opened(run="mine", rank=0):            # one place of a process: a job, a training process, a server
+        with otel.span("train_step", step=7) as step:    # everywhere below it
+            with otel.span("session_refocus") as refocus:
+                refocus.event("focus_allocator", **focus_values(report))
+            step.set(loss=2.5)
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
 
 from megacontext.errors import UserError
+from megacontext.telemetry import otlp
+from megacontext.telemetry.otlp import Destination, Reporting
 from megacontext.telemetry.provenance import redact
 
-ENDPOINT, INSECURE = "MC_OTEL_ENDPOINT", "MC_OTEL_INSECURE"
 EVENTS = frozenset(
     ("mc_tree_snapshot", "working_context_snapshot", "focus_allocator", "mc_timing", "delta_nll", "mc_batch_stats", "inference_update")
 )  # fmt: skip
-SEND_SECONDS = 3.0  # for one batch, retries included
 CLOSE_SECONDS = 3.0  # for everything that still waits
-_QUEUE_SPANS, _BATCH_SPANS, _DELAY_MS = 1024, 64, 1000.0
+PARENT = "TRACEPARENT"  # W3C trace context: the span of another process that this process works for
 
 _current: ContextVar[Span | None] = ContextVar("mc_otel_span", default=None)
 
@@ -66,43 +66,69 @@ class Span:
         if self._span is not None:
             self._span.end()
 
+    @contextmanager
+    def here(self) -> Iterator[Span]:
+        """Make this the span that the thread is in, for a block of code. An exception marks it; it does not end."""
+        if self._span is None:
+            yield self
+            return
+        token = _current.set(self)
+        try:
+            yield self
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            _current.reset(token)
+
 
 class Telemetry:
-    """Where spans and events go. Without an endpoint every call does nothing, and OpenTelemetry is not even imported."""
+    """Where spans, events and metrics go. Without a destination every call does nothing, and OpenTelemetry is not imported."""
 
-    def __init__(self, endpoint: str = "", **resource: Any) -> None:
-        """`endpoint`: full URL of the collector's traces; `resource`: who sends (`run`, `stage`, `rank`).
+    def __init__(self, traces: Destination | None = None, metrics: Destination | None = None, **resource: Any) -> None:
+        """`resource`: who sends (`run`, `rank`), as attributes `mc.<key>` of everything sent.
 
-        Raises UserError when an endpoint is given and the packages are not installed.
+        Raises UserError when `MC_OTEL_ENDPOINT` is set and OpenTelemetry is not installed. Without the packages the
+        standard variables do nothing but print a line.
         """
-        self.endpoint = endpoint
-        self._provider: Any = None
+        self._providers: list[Any] = []
+        self._exporters: list[Reporting] = []
         self._tracer: Any = None
-        if endpoint:
-            self._provider, self._exporter = _provider(endpoint, resource)
-            self._tracer = self._provider.get_tracer("megacontext")
+        self._meter: Any = None
+        self._gauges: dict[str, Any] = {}
+        try:
+            sender = otlp.sender(attributes(resource)) if traces or metrics else None
+            if traces is not None:
+                self._tracer = self._add(otlp.tracer_provider(traces, sender)).get_tracer("megacontext")
+            if metrics is not None:
+                self._meter = self._add(otlp.meter_provider(metrics, sender)).get_meter("megacontext")
+        except ImportError as error:
+            missing = f"OpenTelemetry is not installed ({error}); pip install 'megacontext[otel]'"
+            if traces is not None and traces.demanded:
+                raise UserError(f"{otlp.ENDPOINT} is set, but {missing}, or unset it.") from error
+            otlp.say(f"nothing is sent: {missing}")
+        if self._providers:
             atexit.register(self.close)
+
+    def _add(self, made: tuple[Any, list[Reporting]]) -> Any:
+        provider, exporters = made
+        self._providers.append(provider)
+        self._exporters += exporters
+        return provider
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is sent; ask before computing what only an event needs."""
+        """Whether spans and events are sent; ask before computing what only an event needs."""
         return self._tracer is not None
 
     @contextmanager
     def span(self, name: str, parent: Span | None = None, **values: Any) -> Iterator[Span]:
         """A span around a block of code, below `parent` or the span that this thread is in; an exception marks it."""
-        if self._tracer is None:
-            yield _OFF
-            return
         span = self.start(name, parent, **values)
-        token = _current.set(span)
         try:
-            yield span
-        except BaseException as error:
-            span.fail(error)
-            raise
+            with span.here():
+                yield span
         finally:
-            _current.reset(token)
             span.end()
 
     def start(self, name: str, parent: Span | None = None, **values: Any) -> Span:
@@ -113,9 +139,12 @@ class Telemetry:
         if self._tracer is None:
             return _OFF
         from opentelemetry.trace import INVALID_SPAN, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         above = parent or _current.get()
         context = set_span_in_context(INVALID_SPAN if above is None or above._span is None else above._span)
+        if above is None and os.environ.get(PARENT):
+            context = TraceContextTextMapPropagator().extract({"traceparent": os.environ[PARENT]}, context)
         return Span(self._tracer.start_span(name, context=context, attributes=attributes(values)))
 
     def event(self, name: str, **values: Any) -> None:
@@ -129,51 +158,84 @@ class Telemetry:
         with self.span(name) as span:
             span.event(name, **values)
 
+    def gauges(self, values: Mapping[str, float]) -> None:
+        """Set metrics, by the names of SPEC §6. Numbers that are not finite are left out."""
+        if self._meter is None:
+            return
+        for name, value in values.items():
+            if math.isfinite(value):
+                if name not in self._gauges:
+                    self._gauges[name] = self._meter.create_gauge(name)
+                self._gauges[name].set(value)
+
     def close(self) -> None:
         """Send what waits, for `CLOSE_SECONDS` at most, and stop. Closing twice is fine."""
-        provider, self._provider, self._tracer = self._provider, None, None
-        if provider is None:
+        providers, self._providers = self._providers, []
+        self._tracer = self._meter = None
+        if not providers:
             return
         atexit.unregister(self.close)
-        # The provider's own shutdown waits up to 30 s for a collector that hangs.
-        stopping = threading.Thread(target=provider.shutdown, name="otel-close", daemon=True)
+
+        def shut_down() -> None:
+            for provider in providers:
+                provider.shutdown()
+
+        # A provider's own shutdown waits up to 30 s for a collector that hangs.
+        stopping = threading.Thread(target=shut_down, name="otel-close", daemon=True)
         stopping.start()
         stopping.join(CLOSE_SECONDS)
-        self._exporter.say_lost()
+        for exporter in self._exporters:
+            exporter.say_lost()
 
     def __enter__(self) -> Telemetry:
+        _open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _open.remove(self)
         self.close()
 
 
 _OFF = Span(None)
+_NOTHING = Telemetry()
+_open: list[Telemetry] = []  # those that a `with` of this process is in, the innermost last
 
 
-def from_environment(environment: Mapping[str, str] | None = None, **resource: Any) -> Telemetry:
-    """Telemetry as `MC_OTEL_ENDPOINT` (`host:port` or a URL) and `MC_OTEL_INSECURE=1` (no TLS) say; off without them.
+def from_environment(**resource: Any) -> Telemetry:
+    """Telemetry to where the environment says. `resource`: who sends, such as `run` and `rank`.
 
-    Raises UserError for an endpoint that is no address, or when the packages are missing.
+    Raises UserError for an endpoint that is no address, or when `MC_OTEL_ENDPOINT` is set and the packages are missing.
     """
-    source = os.environ if environment is None else environment
-    return Telemetry(traces_url(source.get(ENDPOINT, ""), source.get(INSECURE) == "1"), **resource)
+    return Telemetry(otlp.destination("traces", os.environ), otlp.destination("metrics", os.environ), **resource)
 
 
-def traces_url(endpoint: str, insecure: bool) -> str:
-    """`host:port` as the URL of its traces: https, or http when insecure; a URL keeps its scheme and path."""
-    endpoint = endpoint.strip()
-    if not endpoint:
-        return ""
-    scheme, found, rest = endpoint.rpartition("://")
-    if not found:
-        scheme = "http" if insecure else "https"
-    host, _, path = rest.partition("/")
-    if scheme not in ("http", "https") or not host or any(c.isspace() for c in host):
-        raise UserError(
-            f"{ENDPOINT} is {redact(endpoint)!r}; give host:port or an http(s) URL of an OTLP/HTTP collector."
-        )
-    return f"{scheme}://{host}/{path or 'v1/traces'}"
+@contextmanager
+def opened(**resource: Any) -> Iterator[Telemetry]:
+    """The telemetry that the process has open; where it has none, one by `from_environment`, closed at the end."""
+    if _open:
+        yield _open[-1]
+        return
+    with from_environment(**resource) as telemetry:
+        yield telemetry
+
+
+def active() -> Telemetry:
+    """The telemetry that the process has open, or one that does nothing."""
+    return _open[-1] if _open else _NOTHING
+
+
+def span(name: str, **values: Any) -> AbstractContextManager[Span]:
+    """`Telemetry.span` of the telemetry that the process has open."""
+    return active().span(name, **values)
+
+
+def carrier() -> dict[str, str]:
+    """The variable that makes the spans of a new process children of the span that this thread is in; empty without one."""
+    above = _current.get()
+    if above is None or above._span is None:
+        return {}
+    context = above._span.get_span_context()
+    return {PARENT: f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"}
 
 
 def attributes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,16 +302,6 @@ def focus_values(report: FocusNumbers) -> dict[str, Any]:
     return values | {"residency_mean": report.removed_age_mean, "residency_p95": report.removed_age_p95}
 
 
-def runtime_metrics(report: FocusNumbers) -> dict[str, float]:
-    """The `runtime/…` metrics of a refocus, those that are known."""
-    found = {
-        "runtime/swap_rate": report.swap_rate,
-        "runtime/residency": report.removed_age_mean,
-        "runtime/token_budget_utilization": report.utilization,
-    }
-    return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
 def context_values(context: Tiling) -> dict[str, Any]:
     """Values of a `working_context_snapshot` event."""
     return {
@@ -259,61 +311,3 @@ def context_values(context: Tiling) -> dict[str, Any]:
         "positions": context.positions,
         "lod_counts": np.bincount(context.lod),
     }
-
-
-class _Reporting:
-    """An exporter that says once that nothing arrives, and at the end how much was lost, instead of logging each batch."""
-
-    def __init__(self, inner: Any, endpoint: str) -> None:
-        self._inner, self._endpoint = inner, endpoint
-        self.sent = self.lost = 0
-
-    def export(self, spans: Any) -> Any:
-        result = self._inner.export(spans)
-        if result.name == "SUCCESS":
-            self.sent += len(spans)
-        else:
-            if not self.lost:
-                print(
-                    f"telemetry: the collector at {redact(self._endpoint)} takes no spans; the run goes on.", flush=True
-                )
-            self.lost += len(spans)
-        return result
-
-    def shutdown(self) -> None:
-        self._inner.shutdown()
-
-    def force_flush(self, timeout_millis: int = 0) -> bool:
-        return True
-
-    def say_lost(self) -> None:
-        if self.lost:
-            print(f"telemetry: {self.sent} spans sent, at least {self.lost} lost.", flush=True)
-
-
-def _provider(endpoint: str, resource: Mapping[str, Any]) -> tuple[Any, _Reporting]:
-    """A tracer provider of ours alone (the process's global one is left to others, such as Ray) and its exporter."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise UserError(
-            f"{ENDPOINT} is set, but OpenTelemetry is not installed ({error}); pip install 'megacontext[otel]', or unset it."
-        ) from error
-    for name in ("opentelemetry.exporter.otlp", "opentelemetry.sdk._shared_internal"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # a line per batch, for as long as the collector is away
-    exporter = _Reporting(OTLPSpanExporter(endpoint=endpoint, timeout=SEND_SECONDS), endpoint)
-    who = Resource.create({"service.name": "megacontext", **attributes(resource)})
-    provider = TracerProvider(resource=who, shutdown_on_exit=False)
-    adapter: Any = exporter
-    provider.add_span_processor(
-        BatchSpanProcessor(
-            adapter,
-            max_queue_size=_QUEUE_SPANS,
-            schedule_delay_millis=_DELAY_MS,
-            max_export_batch_size=_BATCH_SPANS,
-        )
-    )
-    return provider, exporter

@@ -19,7 +19,9 @@ from typing import Any
 from megacontext import storage
 
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "tiktoken")
-_SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credential|otlp_headers)", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(api_?key|token|secret|password|passwd|credential|otlp_(traces_|metrics_)?headers)", re.IGNORECASE
+)
 _NOT_SECRET = re.compile(r"(_path|_file|_mode|_dir|_endpoint|_url|_uri)$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") would redact ordinary text

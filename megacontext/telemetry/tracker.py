@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from megacontext.errors import UserError
-from megacontext.telemetry import wandb_run
+from megacontext.telemetry import otel, wandb_run
 from megacontext.telemetry.metrics_file import Sink, json_number, open_sink
 from megacontext.telemetry.provenance import redact
 
@@ -103,6 +103,7 @@ class Tracker:
         self._sink.append(json.dumps({"step": step, "stage": self.stage, **values}, allow_nan=False))
         if self._wandb is not None:
             self._wandb.log(metrics, step)
+        otel.active().gauges(metrics)
         self._show(metrics, step)
 
     def sync(self) -> None:

@@ -34,6 +34,7 @@ from megacontext.checkpoint import (
     read_meta,
 )
 from megacontext.errors import CheckpointError, StorageError, UserError
+from megacontext.telemetry import otel
 
 __all__ = [
     "MANIFEST",
@@ -128,7 +129,10 @@ class CheckpointWriter:
             "step": step,
             **json.loads(json.dumps(storage.finite(meta))),
         }
-        self._thread = threading.Thread(target=self._write, args=(step, parts, full_meta), name="checkpoint-writer")
+        span = otel.active().start("checkpoint_save", stage=self.stage, step=step)  # ends when all is on the disk
+        self._thread = threading.Thread(
+            target=self._write, args=(step, parts, full_meta, span), name="checkpoint-writer"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -147,7 +151,7 @@ class CheckpointWriter:
         finally:
             self._lock.release()
 
-    def _write(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def _write(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any], span: otel.Span) -> None:
         try:
             if storage.is_local(self.directory):
                 self._write_local(step, parts, meta)
@@ -166,6 +170,10 @@ class CheckpointWriter:
             self.saved_step = step
             self._intact[storage.join(self.directory, checkpoint_name(self.stage, step))] = True
             self._prune(checkpoint_name(self.stage, step), meta.get("best_checkpoint"))
+        finally:
+            if self._error is not None:
+                span.fail(self._error)
+            span.end()
 
     def _write_local(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         parent = storage.local_path(self.directory)

@@ -20,7 +20,6 @@ from megacontext.errors import NonFiniteLossError, StorageError
 from megacontext.eval.samples import continuations
 from megacontext.model.flops import peak_flops
 from megacontext.telemetry import otel
-from megacontext.telemetry.otel import Telemetry
 from megacontext.telemetry.rows import RowLog
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train import schedule
@@ -57,13 +56,14 @@ def train(task: TrainTask, worker: Worker, tracker: Tracker, make_stream: MakeSt
     Without `make_stream` the rows come from a memory map of the shards. Raises DataError, CheckpointError, UserError
     or StorageError for bad input, NonFiniteLossError (after saving the last good weights) when training diverges.
     """
-    writer = _open_writer(task, worker)
-    try:
-        setup = build(task, worker)
-        finished = _train(setup, tracker, make_stream, writer)
-    finally:
-        if writer is not None:
-            writer.close()
+    with otel.opened(run=task.run_dir.rstrip("/").rsplit("/", 1)[-1], rank=worker.rank):
+        writer = _open_writer(task, worker)
+        try:
+            setup = build(task, worker)
+            finished = _train(setup, tracker, make_stream, writer)
+        finally:
+            if writer is not None:
+                writer.close()
     state = setup.state
     path = storage.join(checkpoints_dir(task), checkpoint_name(task.stage, state["step"]))
     if not finished and state["step"] == 0:
@@ -90,11 +90,8 @@ def _train(setup: Setup, tracker: Tracker, make_stream: MakeStream | None, write
     source = None if make_stream is None else make_stream(setup.plan, first, end)
     plans = plans_ahead(setup.objective, setup.rows.read(setup.plan, worker.rank, first, end, source))
     try:
-        with (
-            RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log,
-            otel.from_environment({} if worker.rank else None, stage=task.stage) as telemetry,
-        ):
-            return _loop(setup, plans, writer, tracker, rows_log, telemetry)
+        with RowLog(task.run_dir, task.stage, worker.rank, first, enabled=bool(task.train.log_rows)) as rows_log:
+            return _loop(setup, plans, writer, tracker, rows_log)
     except (NonFiniteLossError, StorageError):
         if writer is not None and setup.state["step"] not in (0, first):
             _save_last(setup, writer)
@@ -124,7 +121,6 @@ def _loop(
     writer: CheckpointWriter | None,
     tracker: Tracker,
     rows_log: RowLog,
-    telemetry: Telemetry,
 ) -> bool:
     worker, state, cfg = setup.worker, setup.state, setup.task.train
     stepper = Stepper(setup.objective, setup.optimizer, worker.device, worker.world_size, setup.plan.accum_steps,
@@ -152,8 +148,9 @@ def _loop(
         )
         began = time.perf_counter()
         asked = worker.rank == 0 and worker.stop_requested()
-        with telemetry.span("train_step", step=step) as span:
+        with otel.span("train_step", step=step) as span:
             result = stepper.run(step, plans, lrm, schedule.muon_momentum(step), asked)
+            span.set(stage=setup.task.stage, loss=result.loss, grad_norm=result.grad_norm)
             if result.metrics:
                 span.event(
                     "mc_timing",
@@ -221,7 +218,9 @@ def _step_metrics(setup: Setup, result: StepResult, lrm: float, phases_ms: dict[
 
 def _validate(setup: Setup, tracker: Tracker) -> None:
     state, worker = setup.state, setup.worker
-    figures = setup.judge(setup.model, worker.rank, worker.world_size)
+    with otel.span("validation", stage=setup.task.stage, step=state["step"]) as span:
+        figures = setup.judge(setup.model, worker.rank, worker.world_size)
+        span.set(**figures)
     deciding, value = next(iter(figures.items()))
     state[f"val_{deciding}"] = value
     best = state.get(f"best_val_{deciding}")

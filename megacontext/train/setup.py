@@ -21,6 +21,7 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import load_weights
+from megacontext.telemetry import otel
 from megacontext.train.auto_batch import PEAK, STATE_BYTES, fitting_batch, free_memory, saved_bytes
 from megacontext.train.objective import Objective
 from megacontext.train.optim import Optimizer, build_optimizer
@@ -108,7 +109,10 @@ def progress_of(num_iterations: int) -> Callable[[int], float]:
 def newest(task: TrainTask, worker: Worker) -> Checkpoint | None:
     """The newest intact checkpoint of this stage, the same on every rank; None when the stage has no checkpoint."""
     path = agree(worker, lambda: newest_to_resume(checkpoints_dir(task), task.stage))
-    return load_checkpoint(path, with_optimizer=True) if path else None
+    if path is None:
+        return None
+    with otel.span("checkpoint_load", path=path):
+        return load_checkpoint(path, with_optimizer=True)
 
 
 def _beginning(task: TrainTask, loaded: Checkpoint | None, num_iterations: int) -> str:
@@ -125,7 +129,8 @@ def fresh(task: TrainTask, device: torch.device, dtype: torch.dtype) -> tuple[GP
         model.attach_memory(task.memory)
     model.init_weights(torch.Generator().manual_seed(task.seed))
     if task.init_from is not None:
-        start = load_checkpoint(task.init_from, with_optimizer=False).model
+        with otel.span("checkpoint_load", path=task.init_from):
+            start = load_checkpoint(task.init_from, with_optimizer=False).model
         mine = {name: value for name, value in model.state_dict().items() if name.startswith("memory.")}
         if not mine:
             start = {name: value for name, value in start.items() if not name.startswith("memory.")}
