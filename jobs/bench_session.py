@@ -96,7 +96,7 @@ def _model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
             args.depth, vocab_size=tokenizer.vocab_size, sequence_len=max(args.budget, 512), width=args.width
         )
         model = GPT(shape)
-        model.attach_memory(MemoryConfig(mc=1, mc_recall_share=0.25))  # as one that searches
+        model.attach_memory(MemoryConfig(mc=1), router_trained=True)
         model.init_weights(torch.Generator().manual_seed(0))
     model.prepare_inference()
     return model, tokenizer

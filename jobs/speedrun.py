@@ -18,10 +18,10 @@ from jobs import base_eval, base_train, prepare_data, prepare_text, report, tok_
 from jobs.runtime import cli
 from jobs.runtime.checks import check
 from jobs.runtime.stage import run_stage
-from megacontext.config import DataConfig, EvalConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.config import DataConfig, EvalConfig, FocusConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.telemetry import otel
 
-SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, EvalConfig]
+SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, FocusConfig, EvalConfig]
 
 JOBS = (prepare_text.JOB, tok_train.JOB, tok_eval.JOB, prepare_data.JOB, base_train.JOB, base_eval.JOB)
 

@@ -15,7 +15,7 @@ from jobs.runtime.stopping import Stopped
 from jobs.runtime.take_over import take_over
 from megacontext import api
 from megacontext.checkpoint import latest_checkpoint, list_checkpoints, read_meta
-from megacontext.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.config import DataConfig, FocusConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from megacontext.data.shards import ShardSet
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError
@@ -25,7 +25,7 @@ from megacontext.train.recipe import Recipe
 from megacontext.train.setup import check_horizon, known_horizon
 from megacontext.train.task import TrainTask
 
-SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig]
+SECTIONS = [RunConfig, DataConfig, ModelConfig, TrainConfig, MemoryConfig, FocusConfig]
 Folders = Callable[[cli.Args], tuple[str, str]]
 """Where the token shards (train, val) of a stage are; "" for a stage whose rows are no shards."""
 

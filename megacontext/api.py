@@ -14,6 +14,7 @@ from megacontext.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, UserError
+from megacontext.memory_config import overridden
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, read_config, save_nanochat_model
 from megacontext.telemetry import otel
@@ -31,6 +32,7 @@ def load(
     dtype: str = "fp32",
     device: str | torch.device = "cpu",
     trainable: bool = False,
+    focus: Mapping[str, Any] | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """Load a model for inference, and its tokenizer; `path` is local or an fsspec URI.
 
@@ -42,6 +44,7 @@ def load(
 
     `stage` (base, mid, sft, rl), `tag` (nanochat's d<depth>) and `step` choose another one. `dtype` fp32, bf16 or auto
     is what the model computes in; its logits are always float32. The weights take no gradient, unless `trainable`.
+    `focus`: focus settings by name of the flag (`FocusConfig`), in place of the checkpoint's.
 
         model, tokenizer = mc.load("runs/speedrun")
         logits = model(torch.tensor([tokenizer.encode("Hello", bos=True)]))   # [1, T, V]
@@ -64,7 +67,8 @@ def load(
                 raise CheckpointError(f"checkpoint {own!r} is of {name} {loaded.meta[name]}, not {asked}.")
         model = GPT(_settings(GPTConfig, loaded.meta.get("model_config"), own))
         if loaded.meta.get("memory_config"):
-            model.attach_memory(_settings(MemoryConfig, loaded.meta["memory_config"], own))
+            config = _settings(MemoryConfig, loaded.meta["memory_config"], own)
+            model.attach_memory(config, loaded.meta.get("router_trained"))
         load_weights(model, loaded.model, own)
         tokenizer_dir = storage.join(own, "tokenizer")
     else:
@@ -79,6 +83,7 @@ def load(
             f"the tokenizer in {tokenizer_dir!r} has {tokenizer.vocab_size} tokens, the model in {path!r} was made for "
             f"{model.config.vocab_size}; put the model's own tokenizer there."
         )
+    model.focus = overridden(model.focus, dict(focus or {}))
     model.to(where)
     model.compute_dtype = compute_dtype
     return model.eval().requires_grad_(trainable), tokenizer

@@ -15,6 +15,8 @@ from typing import Any
 from megacontext import arguments
 from megacontext.errors import UserError
 from megacontext.flags import Section, flag
+from megacontext.memory_config import FocusConfig as FocusConfig
+from megacontext.memory_config import MemoryConfig as MemoryConfig
 from megacontext.stages import EVALUATION, ROWS, TEXT, TOKENIZER, TRAINING
 
 MAX_RUN_NAME_BYTES = 200  # file systems allow 255, and temporary names are longer than the final ones
@@ -261,103 +263,6 @@ class TrainConfig(Section, stages=TRAINING):
         "how rows reach the workers: Ray Data, or a memory map of the same rows; auto is ray under Ray",
         ("auto", "ray", "mmap"),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig(Section, stages=TRAINING):
-    """MegaContext: the gist tree, what fills the working context, and how both are trained. Lengths in tokens or entries."""
-
-    mc: int = flag(0, "train and use MegaContext's memory (0 or 1)", high=1, first=True)
-    block_size: int = flag(32, "children per gist", low=2, shape=True)
-    max_lod: int = flag(2, "highest level in training; inference uses as many as the history needs", low=1)
-    gistnet_type: str = flag("transformer", "what makes a gist of its children", ("transformer", "mean"), shape=True)
-    gistnet_layers: int = flag(2, "transformer layers over the children of a gist", shape=True)
-    gistnet_pooling: str = flag(
-        "mean", "how the layers' outputs become one vector", ("mean", "query", "cls"), shape=True
-    )
-    gistnet_head: str = flag("mlp", "last step of a gist", ("linear", "mlp"), shape=True)
-    lensnet_layers: int = flag(2, "transformer layers over the entries", shape=True)
-    lensnet_head: str = flag("mlp", "from an entry's state to its score", ("linear", "mlp"), shape=True)
-    routing_slots: int = flag(4, "routing keys of a node; 0 turns routing off", shape=True)
-    routing_width: int = flag(64, "numbers in a routing key", low=1, shape=True)
-    positional_type: str = flag(
-        "slot",
-        "rotary position of an entry: its number in the context, its mean true position, or the expectation over its span; "
-        "with alibi also less attention the more text is hidden behind it",
-        ("slot", "simple", "gaussian", "gaussian_alibi"),
-    )
-    allocator_type: str = _free("greedy", "best edits first, or drawn from the best", ("greedy", "stochastic_greedy"))
-    allocator_recent_tokens: int = flag(128, "newest tokens that stay raw", low=1)
-    allocator_expand_threshold: float = _free(0.1, "score above which an entry may be expanded", high=1)
-    allocator_collapse_threshold: float = _free(
-        0.1,
-        "a group may collapse for an entry whose score is above its mean by this and the other; raw ones with a mean below "
-        "minus this collapse anyway",
-        high=1,
-    )
-    allocator_sample_top_k: int = _free(4, "candidates that stochastic_greedy draws from", low=1)
-    allocator_sample_temperature: float = _free(1.0, "temperature of the draw of stochastic_greedy", above=0)
-    mc_num_random_variants: int = flag(4, "extra working contexts per sequence, N")
-    mc_train_wc_length: int = flag(0, "entries of a variant at the end of training; 0 is a fifth of the sequence")
-    mc_start_wc_length: int = flag(
-        0,
-        "entries of a variant at its start; 0 is four fifths of the sequence. Short where a trained memory goes on learning",
-    )
-    mc_max_counterfactuals: int = flag(0, "single edits measured per sequence for LensNet")
-    mc_recall_share: float = flag(0.0, "share of training rows that are generated recall tasks", high=1)
-    mc_recall_answer_weight: float = flag(
-        16.0, "weight of an answer's token in the loss, where its evidence is raw; other tokens have 1"
-    )
-    mc_auto_batch: int = _free(
-        1,
-        "halve the device batch until the rows and views of --mc fit the free memory, measured once a run (0 or 1)",
-        high=1,
-    )
-    mc_gist_loss_weight: float = flag(1.0, "weight of the loss on the variants' entries")
-    mc_gist_teacher_share: float = flag(
-        0.6,
-        "in that loss: share of every target in text that is what the raw row predicts, instead of what came next",
-        high=1,
-    )
-    mc_gist_penalty_weight: float = flag(
-        0.1, "in that loss: weight of how far the variants' states of the shared tail are from those of the raw row"
-    )
-    mc_route_loss_weight: float = flag(
-        1.0, "weight of the loss that finds the block of a known answer, and tells questions from text"
-    )
-    mc_lens_loss_weight: float = flag(0.1, "weight of the lens loss")
-    mc_lens_attention_weight: float = flag(
-        1.0, "in that loss: weight of the scores that the attention of the newest tokens to raw text asks for"
-    )
-    mc_lens_temperature: float = flag(
-        1.0, "temperature of the Bradley-Terry term of the lens loss; lower is sharper", above=0
-    )
-    mc_lens_adv_norm_beta: float = flag(0.9, "memory of the running scale of advantages", high=1)
-    mc_lens_kl_weight: float = flag(0.0, "weight of the divergence of the scores from an even distribution")
-    mc_lens_budget_smooth_weight: float = flag(0.0, "weight that holds the mean score near its running mean")
-    mc_lens_budget_smooth_beta: float = flag(0.9, "memory of the running mean of the scores", high=1)
-    mc_lens_hard_negative_ratio: float = flag(1.0, "share of pairs kept, most wrongly ordered first", high=1)
-    mc_lens_rank_weight: float = flag(0.5, "weight of the margin ranking term")
-    mc_lens_budget_weight: float = flag(
-        0.1, "weight that keeps the mean score at zero: as much to collapse as to expand"
-    )
-    mc_lens_margin: float = flag(0.1, "margin of the ranking term")
-    mc_aux_dtype: str = flag("auto", "dtype of GistNet and LensNet; auto is the model's", ("auto", "fp32", "bf16"))
-    mc_eval_soft_max_length: int = _free(0, "budget of evaluation and inference in entries; 0 is the sequence length")
-    mc_infer_allocator_max_replacements: int = _free(8, "edits per iteration at inference")
-    mc_infer_allocator_iterations: int = _free(8, "iterations per refocus at inference; one level deeper each")
-    mc_infer_refocus_interval: int = _free(32, "new tokens between refocuses at inference", low=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gistnet_layers not in (2, 4) or self.lensnet_layers not in (2, 4, 8):
-            raise UserError(
-                f"--gistnet_layers {self.gistnet_layers} must be 2 or 4, --lensnet_layers {self.lensnet_layers} 2, 4 or 8."
-            )
-        if self.routing_slots and self.block_size % self.routing_slots:
-            raise UserError(
-                f"--block_size {self.block_size} is not a multiple of --routing_slots {self.routing_slots}; each key covers as many tokens."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,11 @@ class Section:
             check_value(item, getattr(self, item.name))
 
 
+def own_fields(section: type[Section]) -> list[Field[Any]]:
+    """The settings that a section defines itself, not those that it inherits from another section."""
+    return [item for item in fields(section) if item.name in section.__annotations__]
+
+
 def reads(stage: Stage, section: type[Section], item: Field[Any]) -> bool:
     """Whether a stage reads a setting."""
     readers = item.metadata["stages"]

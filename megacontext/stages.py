@@ -58,6 +58,7 @@ NEWEST_FIRST = tuple(reversed(BY_CHECKPOINT))  # names of checkpoints: the most 
 # Who reads a setting: names of stages, or a kind for all stages of that kind.
 TRAINING = (TRAIN,)
 EVALUATION = (BASE_EVAL.name,)
+MEMORY_EVALUATION = (MEMORY_EVAL.name, RECALL_EVAL.name)
 ROWS = (PREPARE_DATA.name, TRAIN, BASE_EVAL.name)
 TOKENIZER = (TOK_TRAIN.name, TOK_EVAL.name, *ROWS)
 TEXT = (PREPARE_TEXT.name, *TOKENIZER)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from allocators import allocator_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.context.allocator import AllocatorConfig, FocusAllocator
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.edits import collapsible
 from megacontext.context.invariants import check_working_context
 from megacontext.context.working_context import WorkingContext, smallest_budget
@@ -71,7 +72,7 @@ def test_the_knapsack_equals_its_definition(
 ) -> None:
     budget = max(tail + 1, smallest_budget(tokens, R, tail) + spare)
     context = WorkingContext.by_age(tokens, R, max(tail + 1, budget - spare // 2), tail)
-    config = AllocatorConfig(
+    config = allocator_config(
         budget=budget, recent_tokens=tail, max_replacements=edits, iterations=1, expand_threshold=high, collapse_threshold=low
     )  # fmt: skip
     scores = random_score(seed)(context)
@@ -90,7 +91,9 @@ def test_laws_hold_over_a_long_session(seed: int, kind: str, max_lod: int | None
     rng = np.random.default_rng(seed)
     budget, tail = 60, 6
     allocator = FocusAllocator(
-        AllocatorConfig(budget=budget, recent_tokens=tail, kind=kind, max_replacements=6, iterations=3, max_lod=max_lod)
+        allocator_config(
+            budget=budget, recent_tokens=tail, allocator_type=kind, max_replacements=6, iterations=3, max_lod=max_lod
+        )
     )
     context, last_seen = WorkingContext.all_raw(0, R), {}
     for step in range(25):
@@ -111,7 +114,7 @@ def test_laws_hold_over_a_long_session(seed: int, kind: str, max_lod: int | None
 
 def test_a2_scores_inside_the_thresholds_give_no_edit() -> None:
     context = WorkingContext.by_age(500, R, 60, 8)
-    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=8))
+    allocator = FocusAllocator(allocator_config(budget=60, recent_tokens=8))
     for value in (-0.1, 0.0, 0.1, np.random.default_rng(0).uniform(-0.1, 0.1, len(context))):
         after, report = allocator.refocus(context, lambda c, value=value: np.broadcast_to(value, len(c)))
         assert after == context
@@ -120,7 +123,7 @@ def test_a2_scores_inside_the_thresholds_give_no_edit() -> None:
 
 def test_raw_text_that_nobody_wants_goes_and_gists_stay() -> None:
     context = WorkingContext.by_age(500, R, 60, 8)
-    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=8, iterations=9))
+    allocator = FocusAllocator(allocator_config(budget=60, recent_tokens=8, iterations=9))
     after, report = allocator.refocus(context, lambda c: np.full(len(c), -1.0))
     gone = set(context.entries) - set(after.entries)
     assert gone == {(0, index) for index in range(context.starts[context.lod == 0][0], (500 - 8) // R * R)}
@@ -131,7 +134,7 @@ def test_raw_text_that_nobody_wants_goes_and_gists_stay() -> None:
 def test_a3_the_cooldown_ends() -> None:
     """One node is wanted, then not: it stays expanded for two refocuses and then pays for another."""
     context = WorkingContext.from_entries([(1, 0), (1, 1), *((0, i) for i in range(8, 12))], R)
-    allocator = FocusAllocator(AllocatorConfig(budget=9, recent_tokens=2, iterations=1))
+    allocator = FocusAllocator(allocator_config(budget=9, recent_tokens=2, iterations=1))
 
     def want(node: tuple[int, int]) -> Callable[[WorkingContext], np.ndarray]:  # type: ignore[type-arg]
         lod, index = node
@@ -152,8 +155,13 @@ def test_stochastic_allocator_is_seeded_and_near_greedy_at_low_temperature() -> 
     context = WorkingContext.by_age(2000, R, 90, 8)
 
     def run(kind: str, seed: int = 0, temperature: float = 1.0, top_k: int = 4) -> WorkingContext:
-        config = AllocatorConfig(
-            budget=120, recent_tokens=8, kind=kind, seed=seed, sample_temperature=temperature, sample_top_k=top_k
+        config = allocator_config(
+            budget=120,
+            recent_tokens=8,
+            allocator_type=kind,
+            seed=seed,
+            sample_temperature=temperature,
+            sample_top_k=top_k,
         )
         return FocusAllocator(config).refocus(context, random_score(5))[0]
 
@@ -164,7 +172,7 @@ def test_stochastic_allocator_is_seeded_and_near_greedy_at_low_temperature() -> 
 
 
 def test_detail_fades_with_age_when_room_is_made() -> None:
-    allocator = FocusAllocator(AllocatorConfig(budget=200, recent_tokens=32))
+    allocator = FocusAllocator(allocator_config(budget=200, recent_tokens=32))
     context = allocator.extend(WorkingContext.all_raw(0, R), 100_000)
     check_working_context(context, budget=200, tail=32, tokens=100_000)
     assert (np.diff(context.lod) <= 0).mean() > 0.9
@@ -176,7 +184,7 @@ def test_detail_fades_with_age_when_room_is_made() -> None:
 
 def test_scores_decide_who_makes_room() -> None:
     context = WorkingContext.all_raw(40, R)
-    allocator = FocusAllocator(AllocatorConfig(budget=37, recent_tokens=4))
+    allocator = FocusAllocator(allocator_config(budget=37, recent_tokens=4))
     scores = np.ones(40)
     scores[20:24] = -1
     after = allocator.make_room(context, scores=scores)
@@ -187,7 +195,7 @@ def test_scores_decide_who_makes_room() -> None:
 def test_a_refocus_makes_room_by_its_scores() -> None:
     """The oldest block is wanted and stays, the one that scores lowest goes."""
     context = WorkingContext.all_raw(40, R)
-    allocator = FocusAllocator(AllocatorConfig(budget=40, recent_tokens=4))
+    allocator = FocusAllocator(allocator_config(budget=40, recent_tokens=4))
     after, report = allocator.refocus(
         context, lambda c: np.where((c.index >= 20) & (c.index < 24), -0.1, 0.1), headroom=3
     )
@@ -197,7 +205,7 @@ def test_a_refocus_makes_room_by_its_scores() -> None:
 
 def test_what_an_append_folded_away_can_be_expanded_at_once() -> None:
     """No cooldown holds it back: nothing has been predicted from it as it was."""
-    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=6, iterations=8))
+    allocator = FocusAllocator(allocator_config(budget=60, recent_tokens=6, iterations=8))
     context = allocator.extend(WorkingContext.all_raw(0, R), 700)
 
     def wants_a_block(context: WorkingContext) -> np.ndarray:  # type: ignore[type-arg]
@@ -210,17 +218,17 @@ def test_what_an_append_folded_away_can_be_expanded_at_once() -> None:
 
 
 def test_a_budget_that_cannot_hold_the_roots_is_refused() -> None:
-    allocator = FocusAllocator(AllocatorConfig(budget=20, recent_tokens=8, max_lod=1))
+    allocator = FocusAllocator(allocator_config(budget=20, recent_tokens=8, max_lod=1))
     with pytest.raises(UserError, match="Raise the budget to"):
         allocator.extend(WorkingContext.all_raw(0, R), 200)
     with pytest.raises(UserError, match="leaves no room"):
-        AllocatorConfig(budget=8, recent_tokens=8)
+        allocator_config(budget=8, recent_tokens=8)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "lucky"}, "not one of greedy"),
+        ({"allocator_type": "lucky"}, "choose one of greedy"),
         ({"expand_threshold": 1.5}, "expand_threshold"),
         ({"sample_temperature": 0.0}, "sample_temperature"),
         ({"sample_top_k": 0}, "sample_top_k"),
@@ -229,18 +237,18 @@ def test_a_budget_that_cannot_hold_the_roots_is_refused() -> None:
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        AllocatorConfig(budget=100, recent_tokens=8, **options)  # type: ignore[arg-type]
+        allocator_config(budget=100, recent_tokens=8, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scores", [np.zeros(3), np.full(40, np.nan), np.full(40, 1.5)])
 def test_scores_that_cannot_be_are_refused(scores: np.ndarray) -> None:  # type: ignore[type-arg]
-    allocator = FocusAllocator(AllocatorConfig(budget=100, recent_tokens=8))
+    allocator = FocusAllocator(allocator_config(budget=100, recent_tokens=8))
     with pytest.raises(UserError, match="score"):
         allocator.refocus(WorkingContext.all_raw(40, R), lambda _: scores)
 
 
 def test_a_restored_allocator_goes_on_as_if_it_had_never_stopped() -> None:
-    config = AllocatorConfig(budget=60, recent_tokens=6, kind="stochastic_greedy")
+    config = allocator_config(budget=60, recent_tokens=6, allocator_type="stochastic_greedy")
     one = FocusAllocator(config)
     context = one.extend(WorkingContext.all_raw(0, R), 500)
     for step in range(12):
@@ -257,7 +265,7 @@ def test_a_restored_allocator_goes_on_as_if_it_had_never_stopped() -> None:
 
 
 def test_report_adds_up() -> None:
-    allocator = FocusAllocator(AllocatorConfig(budget=60, recent_tokens=6, max_replacements=8, iterations=2))
+    allocator = FocusAllocator(allocator_config(budget=60, recent_tokens=6, max_replacements=8, iterations=2))
     context = allocator.extend(WorkingContext.all_raw(0, R), 700)
     after, report = allocator.refocus(context, random_score(3))
     assert len(after) == report.entries == len(context) + (report.expands - report.collapses) * (R - 1)

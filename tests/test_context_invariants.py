@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from allocators import allocator_config
 
-from megacontext.context.allocator import AllocatorConfig, FocusAllocator
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.edits import Edits, apply, collapsible
 from megacontext.context.gist_function import MeanGist
 from megacontext.context.invariants import (
@@ -30,7 +31,7 @@ def test_ten_thousand_random_edits_and_appends() -> None:
     rng = np.random.default_rng(0)
     gist = MeanGist(lambda ids: ids[..., None].float(), R, 1)
     tree, context = Tree(gist, vocab_size=100), WorkingContext.all_raw(0, R)
-    allocator = FocusAllocator(AllocatorConfig(budget=BUDGET, recent_tokens=TAIL))
+    allocator = FocusAllocator(allocator_config(budget=BUDGET, recent_tokens=TAIL))
     ids = np.empty(0, np.int64)
     operations = {"append": 0, "expand": 0, "collapse": 0}
     while sum(operations.values()) < 10_000:

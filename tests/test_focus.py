@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from allocators import allocator_config
 
 from megacontext.config import GPTConfig, MemoryConfig
-from megacontext.context.allocator import AllocatorConfig, FocusAllocator
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.gist_function import MeanGist
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
@@ -86,7 +87,7 @@ def test_a_refocus_expands_the_block_that_is_asked_for(
     ids = needle(5000, block)
     tree = tree_of(model, ids)
     budget = 128
-    allocator = FocusAllocator(AllocatorConfig(budget=budget, recent_tokens=TAIL, max_replacements=8, iterations=8))
+    allocator = FocusAllocator(allocator_config(budget=budget, recent_tokens=TAIL, max_replacements=8, iterations=8))
     context = WorkingContext.initial(5000, BLOCK, budget, TAIL)
     scorer = LensScorer(model, tree, TAIL)
     assert scorer.found is not None

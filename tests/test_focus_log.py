@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from allocators import allocator_config
 
-from megacontext.context.allocator import AllocatorConfig, FocusAllocator
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.working_context import WorkingContext
 from megacontext.telemetry.focus_log import FocusLog
 from megacontext.telemetry.otel import Telemetry
@@ -28,7 +29,7 @@ class Recorder(Telemetry):
 
 
 def run(log: FocusLog, refocuses: int) -> None:
-    allocator = FocusAllocator(AllocatorConfig(budget=96, recent_tokens=16))
+    allocator = FocusAllocator(allocator_config(budget=96, recent_tokens=16))
     context = WorkingContext.initial(200, 32, 96, 16)
     for _ in range(refocuses):
         context, report = allocator.refocus(context, lambda c: np.zeros(len(c)), headroom=8)

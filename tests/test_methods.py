@@ -16,6 +16,7 @@ from megacontext.eval.bm25 import best_blocks, bm25_scores
 from megacontext.eval.continuation import score_continuation
 from megacontext.eval.methods import METHODS, History, NormedMean, Prompt, choose_methods, layout, offered
 from megacontext.inference.focus import LensScorer
+from megacontext.inference.session_options import resolve_options
 from megacontext.model import flops
 from megacontext.model.gpt import GPT
 from megacontext.model.norm import rms_norm
@@ -78,8 +79,11 @@ def test_layouts_are_legal(tokens: int, question: int, budget: int, tail: int, s
             assert len(context) == (prompt.tokens if method == "full" else min(budget, prompt.tokens))
         else:
             context.check()
-        if method != "full" and prompt.tokens <= budget:
+        if method not in ("full", "ours") and prompt.tokens <= budget:
             assert len(context) == prompt.tokens
+        if method == "ours":  # as a session, it leaves room for tokens to come
+            options = resolve_options(MODEL, {"budget": budget, "recent_tokens": tail})
+            assert len(context) <= budget - options.headroom(prompt.tokens)
         assert shown.gists == ("mean" if vanilla or method == "mean_age" else "learned")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from allocators import allocator_config
 from collector import Collector, plain
 from patience import PATIENCE_S
 from test_resume import train_here
@@ -26,7 +27,7 @@ from tiny import make_task
 from jobs.runtime import cli, environment
 from jobs.runtime.stage import Job, run_stage
 from megacontext.config import RunConfig
-from megacontext.context.allocator import AllocatorConfig, FocusAllocator
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
 from megacontext.stages import TOK_EVAL
@@ -58,7 +59,7 @@ def collector(patient: None, protocol: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> None:
     context = WorkingContext.initial(4096, 32, 200, 32)
-    allocator = FocusAllocator(AllocatorConfig(budget=200, recent_tokens=32))
+    allocator = FocusAllocator(allocator_config(budget=200, recent_tokens=32))
     scores = np.linspace(-0.5, 0.9, len(context))
     after, report = allocator.refocus(
         context, lambda c: scores[: len(c)] if len(c) == len(scores) else np.zeros(len(c))

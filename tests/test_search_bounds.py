@@ -20,11 +20,13 @@ import megacontext as mc
 from megacontext.config import MemoryConfig
 from megacontext.context.gist_function import levels_of
 from megacontext.errors import NonFiniteError
-from megacontext.inference.focus import MAX_VISITS, TOP_K, LensScorer
+from megacontext.inference.focus import LensScorer
 from megacontext.inference.search import Found, scan, search
+from megacontext.memory_config import FocusConfig
 
 QUERY = torch.zeros(1)
 Keys = Callable[[int, np.ndarray], np.ndarray]
+TOP_K, MAX_VISITS = FocusConfig().search_blocks, FocusConfig().search_visits
 
 
 class NumberTree:

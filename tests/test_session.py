@@ -86,7 +86,7 @@ class Slow:
         """Tree, context and where the last refocus was, after some calls."""
         options, r = self.options, self.options.block_size
         ids: list[int] = []
-        context, allocator = WorkingContext.all_raw(0, r), FocusAllocator(options.allocator_config())
+        context, allocator = WorkingContext.all_raw(0, r), FocusAllocator(options)
         since, stale, end = 0, False, 0
         for call, new in calls:
             due = stale or since == options.refocus_interval or len(context) == options.budget
@@ -279,7 +279,7 @@ def test_a_million_tokens_are_appended_in_batches_and_never_shown_to_the_model(m
     assert session.context.tokens == session.tree.tokens == 1_000_003
 
 
-def test_an_answer_in_a_folded_history_can_be_expanded_at_once() -> None:
+def test_an_answer_in_a_folded_history_can_be_expanded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an append folded away is not held back by the cooldown, and one refocus reaches the tokens."""
     session = mc.Session(make_model(False), make_tokenizer(), budget=256)
     session.append(random_ids(300_000))
@@ -289,7 +289,7 @@ def test_an_answer_in_a_folded_history_can_be_expanded_at_once() -> None:
         block = context.starts // 32 == target // 32
         return np.where(block | (np.arange(len(context)) == context.at_token(target)), 1.0, -0.5)
 
-    session._score = lambda headroom: wants_target  # type: ignore[method-assign]
+    monkeypatch.setattr("megacontext.inference.session.score_function", lambda *_: (wants_target, None))
     report = session.refocus()
     assert (0, target) in session.entries
     assert report.expands >= 3

@@ -56,7 +56,7 @@ def test_a_budget_too_small_for_the_history_loses_nothing() -> None:
         (dict(block_size=1), "block_size is 1"),
         (dict(budget=0), "budget is 0 entries"),
         (dict(dtype="int8"), "dtype 'int8'"),
-        (dict(allocator_type="lucky"), "not one of greedy"),
+        (dict(allocator_type="lucky"), "choose one of greedy"),
         (dict(bugdet=9), "a session has no option bugdet; there are budget, recent_tokens"),
         (dict(path="s3://bucket/session"), "lives in a local folder"),
     ],

@@ -25,6 +25,7 @@ from megacontext.config import (
     TIERS,
     DataConfig,
     EvalConfig,
+    FocusConfig,
     MemoryConfig,
     ModelConfig,
     RunConfig,
@@ -32,7 +33,7 @@ from megacontext.config import (
     preset,
 )
 from megacontext.errors import MegaContextError
-from megacontext.flags import from_flat, is_switch
+from megacontext.flags import from_flat, is_switch, own_fields
 
 
 class Args(SimpleNamespace):
@@ -47,6 +48,7 @@ class Args(SimpleNamespace):
     model: ModelConfig
     train: TrainConfig
     memory: MemoryConfig
+    focus: FocusConfig
     eval: EvalConfig
     given: frozenset[str]
     inherited: Mapping[str, Any]
@@ -82,7 +84,7 @@ def parse(
     for section in sections:
         group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
         some = any(item.metadata["first"] for item in fields(section))
-        for item in fields(section):
+        for item in own_fields(section):
             switch = {"nargs": "?", "const": 1} if is_switch(item) else {}
             action = group.add_argument(
                 f"--{item.name}",

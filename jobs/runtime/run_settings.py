@@ -19,9 +19,18 @@ import yaml
 
 from megacontext import api, storage
 from megacontext.checkpoint import MANIFEST, list_checkpoints
-from megacontext.config import DataConfig, EvalConfig, GPTConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from megacontext.config import (
+    DataConfig,
+    EvalConfig,
+    FocusConfig,
+    GPTConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megacontext.errors import UserError
-from megacontext.flags import Section, check_value, decides, reads
+from megacontext.flags import Section, check_value, decides, own_fields, reads
 from megacontext.stages import BY_NAME, EVALUATE, PREPARE, STAGES, TRAIN, Stage
 from megacontext.telemetry.report import read_stage
 
@@ -31,11 +40,13 @@ SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "train": TrainConfig,
     "memory": MemoryConfig,
+    "focus": FocusConfig,
     "eval": EvalConfig,
 }
 FLAGS: Mapping[str, tuple[type[Section], Field[Any]]] = {
-    item.name: (section, item) for section in SECTIONS.values() for item in fields(section)
+    item.name: (section, item) for section in SECTIONS.values() for item in own_fields(section)
 }
+_OF_MEMORY = (MemoryConfig, FocusConfig)  # MemoryConfig inherits the focus settings, whose section is FocusConfig
 START = "start"  # name of the stage whose checkpoint is the model that a run starts from
 TEXT = "text"  # stands for the settings of _TEXT_FLAGS: all that counts is which text they choose
 _TEXT_FLAGS = ("data_dir", "data_shards", "tier")
@@ -158,7 +169,7 @@ def record(run_dir: str, stage: Stage, values: Mapping[str, Any]) -> None:
         known = read(run_dir)
         merged, own = dict(known.values), {}
         for name, (section, item) in FLAGS.items():
-            unread = section is MemoryConfig and name != "mc" and not values["mc"]
+            unread = section in _OF_MEMORY and name != "mc" and not values["mc"]
             if not reads(stage, section, item) or unread:
                 continue
             if name not in merged or _may_change(stage, name, known.stages):
@@ -170,7 +181,7 @@ def record(run_dir: str, stage: Stage, values: Mapping[str, Any]) -> None:
         content: dict[str, Any] = {"stages": stages}
         of_stage = {**known.of_stage, stage.name: own} if own else {**known.of_stage}
         for name, section in SECTIONS.items():
-            part = {item.name: merged[item.name] for item in fields(section) if item.name in merged}
+            part = {item.name: merged[item.name] for item in own_fields(section) if item.name in merged}
             if part:
                 content[name] = part
         if of_stage:
@@ -188,7 +199,7 @@ def made_with(stage: Stage, values: Mapping[str, Any], text: str) -> dict[str, A
         found = {
             name: value
             for name, value in found.items()
-            if name == "mc" or FLAGS.get(name, (None,))[0] is not MemoryConfig
+            if name == "mc" or FLAGS.get(name, (None,))[0] not in _OF_MEMORY
         }
     return found
 

@@ -47,7 +47,7 @@ def _copy(source: str, directory: str) -> str:
     model, tokenizer = mc.load(source)
     meta = {"source": source, "model_config": asdict(model.config)}
     if model.memory is not None:
-        meta["memory_config"] = asdict(model.memory.config)
+        meta |= {"memory_config": asdict(model.memory.config), "router_trained": model.memory.routes}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         writer = CheckpointWriter(directory, STAGE, folder, keep=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from megacontext.context.focus_report import FocusReport, summarize
 from megacontext.context.invariants import check_edit, check_no_reversal, check_working_context
 from megacontext.context.working_context import F64, I64, WorkingContext, check_budget_fits, smallest_budget
 from megacontext.errors import UserError
+from megacontext.memory_config import FocusConfig
 
 Bool = npt.NDArray[np.bool_]
 ScoreFunction = Callable[[WorkingContext], Any]  # [L] numbers in [-1, 1]: an array or a CPU tensor
-KINDS = ("greedy", "stochastic_greedy")
 _EXPAND, _COLLAPSE = 1, -1
 _ROUNDING = 1e-9  # of the mean of scores that are all at a threshold
 _EXTEND_ENTRIES = 4096  # raw entries that a long append adds before it makes room: bounds memory
@@ -26,46 +26,20 @@ _EXTEND_ENTRIES = 4096  # raw entries that a long append adds before it makes ro
 
 @dataclass(frozen=True, kw_only=True)
 class AllocatorConfig:
-    """Settings of the focus allocator. `budget` and `recent_tokens` in entries, thresholds on scores in [-1, 1].
-
-    An entry above the first may be expanded; where room is short, a group collapses for it whose mean is below its score
-    by both together. Raw groups whose mean is further below zero than the second collapse in any case.
-    `max_replacements` is edits per iteration, `iterations` per refocus; `cooldown` is refocuses in which an edit is not
-    reversed; the `sample_*` settings are of stochastic_greedy. Raises UserError for values that cannot be.
-    """
+    """What a focus allocator works within. `budget` and `recent_tokens` in entries; `max_lod` None: as many levels as the
+    history fills; `focus`: its thresholds, edits and cooldown. Raises UserError for values that cannot be."""
 
     budget: int
-    recent_tokens: int = 128
-    kind: str = "greedy"
-    expand_threshold: float = 0.1
-    collapse_threshold: float = 0.1
-    max_replacements: int = 4
-    iterations: int = 2
-    sample_top_k: int = 4
-    sample_temperature: float = 1.0
-    cooldown: int = 2
+    recent_tokens: int
     max_lod: int | None = None
     seed: int = 0
+    focus: FocusConfig = field(default_factory=FocusConfig)
 
     def __post_init__(self) -> None:
         arguments.plain_fields(self)  # every value has its type
-        if self.kind not in KINDS:
-            raise UserError(f"allocator_type {self.kind!r} is not one of {', '.join(KINDS)}.")
-        for name in ("expand_threshold", "collapse_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; scores lie in [-1, 1], so use 0 to 1.")
-        for name, low in (
-            ("max_replacements", 0),
-            ("iterations", 0),
-            ("sample_top_k", 1),
-            ("cooldown", 0),
-            ("recent_tokens", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        if self.sample_temperature <= 0:
-            raise UserError(f"sample_temperature is {self.sample_temperature}; use more than 0 (near 0 is greedy).")
+        for name in ("recent_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         if self.recent_tokens >= self.budget:
             raise UserError(
                 f"a raw tail of {self.recent_tokens} tokens leaves no room in a budget of {self.budget} entries; "
@@ -147,7 +121,7 @@ class FocusAllocator:
         if len(context) > self.config.budget - headroom:
             context = self.make_room(context, headroom, _checked_scores(score(context), len(context)))
         expands = collapses = 0
-        for iteration in range(self.config.iterations):
+        for iteration in range(self.config.focus.mc_infer_allocator_iterations):
             scores = _checked_scores(score(context), len(context))
             first_scores = scores if first_scores is None else first_scores
             edits = self._choose(context, scores, iteration, headroom)
@@ -200,9 +174,11 @@ class FocusAllocator:
         """
         config, r = self.config, context.block_size
         rng = np.random.default_rng([config.seed, self.refocuses, iteration])
-        wants = (context.lod > 0) & (scores > config.expand_threshold)
+        wants = (context.lod > 0) & (scores > config.focus.allocator_expand_threshold)
         finer = np.flatnonzero(wants & ~self._is_recent(_keys(context.lod, context.index), _COLLAPSE))
-        finer = finer[self._pick(scores[finer], -finer, config.max_replacements, rng)]  # of equals the newest
+        finer = finer[
+            self._pick(scores[finer], -finer, config.focus.mc_infer_allocator_max_replacements, rng)
+        ]  # of equals the newest
         free = max(0, config.budget - headroom - len(context)) // (r - 1)
         groups = collapsible(context, config.recent_tokens, config.max_lod)
         groups = groups[~self._is_recent(_parents(context, groups), _EXPAND)]
@@ -210,20 +186,24 @@ class FocusAllocator:
         coarser = self._pick(-means, groups, len(groups), rng)  # of equals the oldest
         expand, collapse = finer[:free].tolist(), list[int]()
         for entry in finer[free:].tolist():
-            if len(expand) + len(collapse) + 2 > config.max_replacements:
+            if len(expand) + len(collapse) + 2 > config.focus.mc_infer_allocator_max_replacements:
                 break
             if any(first <= entry < first + r for first in collapse):
                 continue
             paying = next(
                 (at for at in coarser.tolist() if self._may_pay(int(groups[at]), expand, collapse, entry, r)), None
             )
-            if paying is None or scores[entry] - means[paying] <= config.expand_threshold + config.collapse_threshold:
+            if (
+                paying is None
+                or scores[entry] - means[paying]
+                <= config.focus.allocator_expand_threshold + config.focus.allocator_collapse_threshold
+            ):
                 continue
             expand.append(entry)
             collapse.append(int(groups[paying]))
-        unwanted = (context.lod[groups] == 0) & (means < -config.collapse_threshold - _ROUNDING)
+        unwanted = (context.lod[groups] == 0) & (means < -config.focus.allocator_collapse_threshold - _ROUNDING)
         spare = [int(groups[at]) for at in coarser.tolist() if unwanted[at] and int(groups[at]) not in collapse]
-        collapse += spare[: max(0, config.max_replacements - len(expand) - len(collapse))]
+        collapse += spare[: max(0, config.focus.mc_infer_allocator_max_replacements - len(expand) - len(collapse))]
         return Edits(np.sort(np.array(expand, np.int64)), np.sort(np.array(collapse, np.int64)))
 
     @staticmethod
@@ -234,12 +214,12 @@ class FocusAllocator:
     def _pick(self, values: F64, tie: I64, count: int, rng: np.random.Generator) -> I64:
         """Numbers of `count` items, the highest values first; drawn from the best few when the allocator is stochastic."""
         order = np.lexsort((tie, -values))
-        if self.config.kind == "greedy":
+        if self.config.focus.allocator_type == "greedy":
             return order[:count]
         pool, picked = order.tolist(), []
         for _ in range(min(count, len(pool))):
-            best = pool[: self.config.sample_top_k]
-            weights = np.exp((values[best] - values[best[0]]) / self.config.sample_temperature)
+            best = pool[: self.config.focus.allocator_sample_top_k]
+            weights = np.exp((values[best] - values[best[0]]) / self.config.focus.allocator_sample_temperature)
             picked.append(pool.pop(int(rng.choice(len(best), p=weights / weights.sum()))))
         return np.array(picked, np.int64)
 
@@ -253,21 +233,25 @@ class FocusAllocator:
         collapsed = _parents(context, edits.collapse)
         past, now = self._made, self.refocuses
         if not forced:  # the budget is hard: making room may go against the cooldown when nothing else is left
-            check_no_reversal(past[past[:, 1] == _COLLAPSE][:, [0, 2]], expanded, now, self.config.cooldown)
-            check_no_reversal(past[past[:, 1] == _EXPAND][:, [0, 2]], collapsed, now, self.config.cooldown)
+            check_no_reversal(
+                past[past[:, 1] == _COLLAPSE][:, [0, 2]], expanded, now, self.config.focus.allocator_cooldown
+            )
+            check_no_reversal(
+                past[past[:, 1] == _EXPAND][:, [0, 2]], collapsed, now, self.config.focus.allocator_cooldown
+            )
         if not remember:
             return after
         new = [
             np.stack([keys, np.full(len(keys), direction), np.full(len(keys), now)], 1)
             for keys, direction in ((expanded, _EXPAND), (collapsed, _COLLAPSE))
         ]
-        self._made = np.concatenate([past[now - past[:, 2] <= self.config.cooldown], *new])
+        self._made = np.concatenate([past[now - past[:, 2] <= self.config.focus.allocator_cooldown], *new])
         return after
 
     def _is_recent(self, keys: I64, direction: int) -> Bool:
         """Which nodes were edited in a direction within the cooldown."""
         made = self._made
-        recent = (made[:, 1] == direction) & (self.refocuses - made[:, 2] <= self.config.cooldown)
+        recent = (made[:, 1] == direction) & (self.refocuses - made[:, 2] <= self.config.focus.allocator_cooldown)
         return np.isin(keys, made[recent, 0])
 
     def _births(self, context: WorkingContext) -> I64:

@@ -72,11 +72,11 @@ def decode_cost(
     name = "window" if method == "full" else method
     history = History(model, ids, block_size)
     evidence = () if oracle_blocks is None else tuple(int(block) * history.block_size for block in oracle_blocks)
-    now = layout(name, Prompt(history, (), evidence), room, tail, seed)
+    now = layout(name, Prompt(history, (), evidence, 0), room, tail, seed)
     kept = len(now)
     if method not in ROLLING:
         earlier = [token for token in evidence if token < len(ids) - horizon] or [0]
-        before = layout(name, Prompt(History(model, ids[:-horizon], block_size), (), earlier), room, tail, seed)
+        before = layout(name, Prompt(History(model, ids[:-horizon], block_size), (), earlier, 0), room, tail, seed)
         kept = kept_prefix(before.context.append(horizon), now.context)
     recompute = len(now) - kept
     seconds = _decode_seconds(model, now, kept, following)

@@ -119,11 +119,13 @@ def measure(
     for start in range(0, len(windows), _CHUNK_WINDOWS):
         numbers = range(start, min(start + _CHUNK_WINDOWS, len(windows)))
         following = np.stack([windows.continuation(k) for k in numbers])
-        prompts = [Prompt(History(model, windows.history(k, history), settings.block_size)) for k in numbers]
+        prompts = [
+            Prompt(History(model, windows.history(k, history), settings.block_size), headroom=0) for k in numbers
+        ]
         if "oracle" in methods:
             best += [_best(prompt, row, settings) for prompt, row in zip(prompts, following, strict=True)]
             tokens = [tuple(int(block) * block_size for block in blocks) for blocks in best[start:]]
-            prompts = [Prompt(p.history, (), evidence) for p, evidence in zip(prompts, tokens, strict=True)]
+            prompts = [Prompt(p.history, (), evidence, 0) for p, evidence in zip(prompts, tokens, strict=True)]
         for method in methods:
             shown = [_layout(method, p, settings, windows.horizon, k) for p, k in zip(prompts, numbers, strict=True)]
             if method in ("window", "sinks"):

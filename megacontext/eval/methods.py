@@ -25,7 +25,7 @@ from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
 from megacontext.eval.bm25 import best_blocks, bm25_scores
-from megacontext.inference.focus import LensScorer
+from megacontext.inference.focus import score_function
 from megacontext.inference.search import scan
 from megacontext.inference.session_options import resolve_options
 from megacontext.model.flops import lens_flops, routing_key_flops
@@ -94,13 +94,18 @@ class History:
 class Prompt:
     """A history with `question` ids [q] after it, any number of which share the history's trees.
 
-    `evidence`: tokens of the history that an oracle would look at.
+    `evidence`: tokens of the history that an oracle would look at. `headroom`: entries that a refocus leaves free for
+    the tokens to come; None: as many as a session.
     """
 
     def __init__(
-        self, history: History, question: npt.NDArray[np.integer] | Sequence[int] = (), evidence: Sequence[int] = ()
+        self,
+        history: History,
+        question: npt.NDArray[np.integer] | Sequence[int] = (),
+        evidence: Sequence[int] = (),
+        headroom: int | None = None,
     ) -> None:
-        self.history, self.evidence = history, tuple(evidence)
+        self.history, self.evidence, self.headroom = history, tuple(evidence), headroom
         self.question = np.asarray(question, np.int64)
         self._trees: dict[str, Tree] = {}
 
@@ -270,24 +275,25 @@ def _flat(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _
 
 
 def _ours(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _Choice:
-    """What a session does when a question arrives: a context that faded with age is refocused, as often as it is set to."""
+    """What a session does when a question arrives: it takes the text in, and refocuses."""
     tree, model = prompt.tree(_LEARNED), prompt.model
+    memory = model.memory
+    assert memory is not None
     options = resolve_options(model, {"budget": budget, "recent_tokens": tail})
-    scorer = LensScorer(model, tree, tail)
-    seen: list[int] = []
+    allocator, seen = FocusAllocator(options), []
+    context = allocator.extend(WorkingContext.all_raw(0, prompt.block_size), prompt.tokens)
+    headroom = options.headroom(prompt.tokens) if prompt.headroom is None else prompt.headroom
+    score, scorer = score_function(model, tree, context, options, headroom)
 
-    def score(context: WorkingContext) -> npt.NDArray[np.float64]:
-        seen.append(len(context))
-        return scorer(context)
+    def counted(one: WorkingContext) -> npt.NDArray[np.float64]:
+        seen.append(len(one))
+        return np.asarray(score(one))
 
-    context = WorkingContext.by_age(prompt.tokens, prompt.block_size, budget, tail)
-    if context.lod.any():
-        context, _ = FocusAllocator(options.allocator_config()).refocus(context, score)
-    config = scorer.memory.config
-    spent = sum(lens_flops(model.config, config, entries) for entries in seen)
-    if scorer.found is not None:
-        spent += routing_key_flops(model.config, config, QUERY_TOKENS)
-        spent += scorer.found.visits * prompt.block_size * _match_flops(config)
+    context, _ = allocator.refocus(context, counted, headroom)
+    spent = 0.0 if scorer is None else sum(lens_flops(model.config, memory.config, entries) for entries in seen)
+    if scorer is not None and scorer.found is not None:
+        spent += routing_key_flops(model.config, memory.config, QUERY_TOKENS)
+        spent += scorer.found.visits * prompt.block_size * _match_flops(memory.config)
     return _Choice(context, _LEARNED, spent)
 
 

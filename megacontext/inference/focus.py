@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,19 +9,16 @@ import numpy.typing as npt
 import torch
 
 from megacontext import arguments
+from megacontext.context.allocator import AllocatorConfig, ScoreFunction
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
 from megacontext.inference.search import Found, search
+from megacontext.memory_config import FocusConfig
 from megacontext.model.gpt import GPT
 from megacontext.model.rotary import Rotary
 from megacontext.model.router import QUERY_TOKENS
 
 F64 = npt.NDArray[np.float64]
-TOP_K = 8  # blocks that may answer a query
-MAX_VISITS = 384  # nodes opened by a search: bounds a refocus at any length of history
-ALIKE = 0.98  # share of the best match from which on blocks count as saying the same, the newest as its last word
-NEWER = math.log(10.0)  # by how much the logit of such a block is above that of the one before it
-SCARCITY = 0.5  # how much worse off is what was not asked for, when something is asked for with certainty
 
 
 def entry_inputs(model: GPT, tree: Tree, context: WorkingContext, start: int = 0) -> tuple[torch.Tensor, Rotary]:
@@ -69,8 +65,10 @@ class LensScorer:
         lens: bool = True,
         route: bool = True,
         find: Callable[[torch.Tensor], Found] | None = None,
+        focus: FocusConfig | None = None,
     ) -> None:
         assert model.memory is not None
+        self.focus = focus or model.focus
         self.model, self.tree, self.memory, self.lens = model, tree, model.memory, lens
         self.found: Found | None = None
         self.asked = 0.0  # how sure the router is that the newest tokens ask for something, 0 to 1
@@ -82,7 +80,11 @@ class LensScorer:
                 queries, asked = self.memory.query(newest)
                 arguments.finite("the routing query", queries, asked)
                 query = queries[0]
-                self.found = find(query) if find else search(tree, self.memory, query, TOP_K, MAX_VISITS, before)
+                self.found = (
+                    find(query)
+                    if find
+                    else search(tree, self.memory, query, self.focus.search_blocks, self.focus.search_visits, before)
+                )
                 self.asked = float(asked.sigmoid())
                 self.probability = self.asked * self._probability(self.found)
 
@@ -99,7 +101,7 @@ class LensScorer:
         if self.found is None or not len(self.found.block):
             return score
         route = self.route(context)
-        total: F64 = np.clip(route + (1 - route) * score - SCARCITY * (route.max() - route), -1.0, 1.0)
+        total: F64 = np.clip(route + (1 - route) * score - self.focus.scarcity * (route.max() - route), -1.0, 1.0)
         return total
 
     def route(self, context: WorkingContext) -> F64:
@@ -125,12 +127,26 @@ class LensScorer:
         matches = torch.from_numpy(np.concatenate([found.match, found.others]))
         logits = self.memory.router.logits(matches.to(self.model.device))
         arguments.finite("the router's scale of matches", logits)
-        alike = np.flatnonzero(found.match >= ALIKE * found.match.max(initial=0.0))
+        alike = np.flatnonzero(found.match >= self.focus.restated_match * found.match.max(initial=0.0))
         order = np.empty(len(alike))
         order[np.argsort(found.block[alike])] = np.arange(len(alike))
-        logits[torch.from_numpy(alike)] = logits.max() + NEWER * torch.from_numpy(order).to(logits)
+        logits[torch.from_numpy(alike)] = logits.max() + self.focus.restated_bonus * torch.from_numpy(order).to(logits)
         probability: F64 = logits.double().softmax(0)[: len(found.match)].cpu().numpy()
         return probability
+
+
+def score_function(
+    model: GPT, tree: Tree, context: WorkingContext, options: AllocatorConfig, headroom: int
+) -> tuple[ScoreFunction, LensScorer | None]:
+    """What a refocus of a context scores entries by, and the scorer behind it if there is one.
+
+    By the model's memory; by zeros, which leave age to decide, without a memory or while there is nothing to choose.
+    """
+    choice = bool(context.lod.any()) or len(context) > options.budget - headroom
+    if model.memory is None or not choice:
+        return lambda one: np.zeros(len(one)), None
+    scorer = LensScorer(model, tree, options.recent_tokens, focus=options.focus)
+    return scorer, scorer
 
 
 def balanced(score: F64, context: WorkingContext) -> F64:

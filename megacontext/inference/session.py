@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 
 from megacontext import arguments
-from megacontext.context.allocator import FocusAllocator, ScoreFunction
+from megacontext.context.allocator import FocusAllocator
 from megacontext.context.focus_report import FocusReport
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import DamagedError, UserError
 from megacontext.inference import session_state
 from megacontext.inference.entry_cache import EntryCache
-from megacontext.inference.focus import LensScorer
+from megacontext.inference.focus import score_function
 from megacontext.inference.sampling import check_sampling, check_seed, row_generators, sample
 from megacontext.inference.session_folder import (
     check_model,
@@ -114,7 +114,7 @@ class Session:
         stored = None if self._folder is None else stored_state(self._folder, model, options, read_only, salvage)
         self.options = resolve_options(model, options, stored.options if stored else None, str(path))
         self.context = WorkingContext.all_raw(0, self.options.block_size)
-        self._allocator = FocusAllocator(self.options.allocator_config())
+        self._allocator = FocusAllocator(self.options)
         self._since = self._refocused_at = 0
         self._stale, self._following = False, APPENDED
         self._dirty = True  # the focus is not what is stored, with what the tree has beyond it
@@ -173,9 +173,9 @@ class Session:
         Room for the next `refocus_interval` tokens is made as far as the budget allows.
         """
         self._ready()
-        room = self.options.budget - self.options.entries_needed(self.tokens)
-        headroom = max(1, min(self.options.refocus_interval, room))
-        self.context, report = self._allocator.refocus(self.context, self._score(headroom), headroom)
+        headroom = self.options.headroom(self.tokens)
+        score, _ = score_function(self.model, self.tree, self.context, self.options, headroom)
+        self.context, report = self._allocator.refocus(self.context, score, headroom)
         self._since, self._refocused_at, self._stale, self._dirty = 0, self.tokens, False, True
         if not self._read_only:
             self._announce(GENERATED)
@@ -279,13 +279,6 @@ class Session:
         self.stats.entries_computed, self.stats.entries_recomputed = self._cache.computed, self._cache.recomputed
         return logits
 
-    def _score(self, headroom: int) -> ScoreFunction:
-        """Scores by the model's memory; zeros, which leave age to decide, without one or while there is nothing to choose."""
-        choice = bool(self.context.lod.any()) or len(self.context) > self.options.budget - headroom
-        if self.model.memory is None or not choice:
-            return lambda context: np.zeros(len(context))
-        return LensScorer(self.model, self.tree, self.options.recent_tokens)
-
     # What the tree has decides; what is on disk can always be derived again
 
     def _ready(self) -> None:
@@ -314,7 +307,7 @@ class Session:
 
     def _state(self, following: str) -> SessionState:
         return SessionState(
-            options=vars(self.options).copy(),
+            options=self.options.stored(),
             model_digest=self._digest,
             tokens=self.tokens,
             lods=session_state.lod_runs(self.context),

@@ -7,44 +7,35 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from megacontext import arguments
-from megacontext.config import MemoryConfig
 from megacontext.context.allocator import AllocatorConfig
 from megacontext.context.gist_function import check_block_size, levels_of
 from megacontext.errors import UserError
+from megacontext.memory_config import OPTIONS, FocusConfig
 
 if TYPE_CHECKING:
     from megacontext.model.gpt import GPT
 
 _OF_THE_TREE = ("block_size", "dtype")  # the tree's own header knows them, and what to do when they differ
 _RECENT_SHARE = 8  # an unasked-for raw tail takes at most 1/8 of the budget: the rest has to reach down to tokens
+# What session.json holds of every session, in order; of other options what differs from its default.
+_ALWAYS_STORED = (
+    "budget", "recent_tokens", "refocus_interval", "block_size", "max_lod", "dtype", "allocator_type", "expand_threshold",
+    "collapse_threshold", "max_replacements", "iterations", "sample_top_k", "sample_temperature", "cooldown", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """Options of a session; all are stored with it. Defaults are the model's `mc_infer_*` and `allocator_*` settings.
+class SessionOptions(AllocatorConfig):
+    """Options of a session, stored with it. Defaults are the focus settings of the model (`memory_config.OPTIONS`).
 
-    `budget` entries of the working context at most; `recent_tokens` newest tokens that stay raw (128, or an eighth of a
-    smaller budget); `refocus_interval` generated tokens between refocuses; `block_size` children per gist, of a model
-    without a memory; `max_lod` highest level, None for as many as the history fills; `dtype` of the tree's records.
-    The rest are those of `AllocatorConfig`. Raises UserError for values that cannot be. numpy's numbers are taken as
-    Python's, so that every option can be stored as JSON.
+    `budget`: most entries of the working context. `recent_tokens`: newest tokens that stay raw (128, or an eighth of a
+    smaller budget). `block_size`: children per gist, of a model without a memory. `max_lod`: highest level, None for as
+    many as the history fills. `dtype`: of the tree's records. `focus`: all else. Raises UserError for values that cannot
+    be. numpy's numbers are taken as Python's, so that every option can be stored as JSON.
     """
 
-    budget: int
-    recent_tokens: int
-    refocus_interval: int = 32
     block_size: int = 32
-    max_lod: int | None = None
     dtype: str = "float32"
-    allocator_type: str = "greedy"
-    expand_threshold: float = 0.1
-    collapse_threshold: float = 0.1
-    max_replacements: int = 8
-    iterations: int = 8
-    sample_top_k: int = 4
-    sample_temperature: float = 1.0
-    cooldown: int = 2
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in arguments.plain_fields(self).items():
@@ -54,31 +45,35 @@ class SessionOptions:
             raise UserError(
                 f"budget is {self.budget} entries; a session needs room for 2 at least, and better hundreds."
             )
-        if self.refocus_interval < 1:
-            raise UserError(f"refocus_interval is {self.refocus_interval} tokens; it must be at least 1.")
         if self.recent_tokens < 1:
             raise UserError(
                 f"recent_tokens is {self.recent_tokens}; the newest token has to be raw, since the next is predicted "
                 "from it. Use 1 or more."
             )
-        self.allocator_config()  # says what else cannot be
+        super().__post_init__()  # says what else cannot be
 
-    def allocator_config(self) -> AllocatorConfig:
-        """The part that the focus allocator needs."""
-        return AllocatorConfig(
-            budget=self.budget,
-            recent_tokens=self.recent_tokens,
-            kind=self.allocator_type,
-            expand_threshold=self.expand_threshold,
-            collapse_threshold=self.collapse_threshold,
-            max_replacements=self.max_replacements,
-            iterations=self.iterations,
-            sample_top_k=self.sample_top_k,
-            sample_temperature=self.sample_temperature,
-            cooldown=self.cooldown,
-            max_lod=self.max_lod,
-            seed=self.seed,
-        )
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SessionOptions:
+        """Options by name, as `stored` gives them; those left out have their defaults. Raises TypeError for other names."""
+        focus = {name: value for name, value in options.items() if name in OPTIONS}
+        return cls(focus=FocusConfig.of(**focus), **{name: options[name] for name in options.keys() - focus.keys()})
+
+    def stored(self) -> dict[str, Any]:
+        """The options by name, for session.json."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "focus"}
+        values |= {name: getattr(self.focus, setting) for name, setting in OPTIONS.items()}
+        plain = FocusConfig()
+        changed = [name for name in OPTIONS if getattr(plain, OPTIONS[name]) != values[name]]
+        return {name: values[name] for name in dict.fromkeys((*_ALWAYS_STORED, *changed))}
+
+    @property
+    def refocus_interval(self) -> int:
+        """Generated tokens between refocuses."""
+        return self.focus.mc_infer_refocus_interval
+
+    def headroom(self, tokens: int) -> int:
+        """Entries that a refocus of a history of `tokens` tokens leaves free for the tokens to come: at least 1."""
+        return max(1, min(self.refocus_interval, self.budget - self.entries_needed(tokens)))
 
     def entries_needed(self, tokens: int) -> int:
         """Entries that the coarsest tiling takes of whichever history of up to `tokens` tokens needs most."""
@@ -102,7 +97,8 @@ def resolve_options(
 
     An option given as None counts as not given.
     """
-    types = {f.name: str(f.type) for f in fields(SessionOptions)}
+    types = {item.name: str(item.type) for item in fields(SessionOptions) if item.name != "focus"}
+    types |= {name: str(FocusConfig.__dataclass_fields__[setting].type) for name, setting in OPTIONS.items()}
     unknown = sorted(set(given) - set(types))
     if unknown:
         raise UserError(f"a session has no option {', '.join(unknown)}; there are {', '.join(types)}.")
@@ -112,36 +108,22 @@ def resolve_options(
             f"block_size {asked['block_size']} is not that of the model's memory, {model.memory.block_size}; leave it out."
         )
     if stored is None:
-        return SessionOptions(**{**_defaults(model, asked), **asked})
+        focus, own = model.focus, {} if model.memory is None else {"block_size": model.memory.block_size}
+        budget = asked.get("budget", focus.mc_eval_soft_max_length or model.config.sequence_len)
+        recent = max(1, min(focus.allocator_recent_tokens, budget // _RECENT_SHARE))
+        known = {name: getattr(focus, setting) for name, setting in OPTIONS.items()}
+        return SessionOptions.of({**known, **own, "budget": budget, "recent_tokens": recent, **asked})
+    before = SessionOptions.of(stored).stored()
     for name, value in asked.items():
-        if name not in _OF_THE_TREE and value != stored[name]:
+        if name not in _OF_THE_TREE and value != before.get(name, getattr(FocusConfig(), OPTIONS.get(name, ""), None)):
             raise UserError(
-                f"the session at {path!r} was made with {name} {stored[name]!r}, but {value!r} is asked for. Leave "
+                f"the session at {path!r} was made with {name} {before.get(name)!r}, but {value!r} is asked for. Leave "
                 f"{name} out to continue it as it is, or use another folder."
             )
     tree = {name: asked[name] for name in _OF_THE_TREE if name in asked}
     if model.memory is not None:
         tree["block_size"] = model.memory.block_size
-    return SessionOptions(**{**stored, **tree})
-
-
-def _defaults(model: GPT, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's own settings say about a session."""
-    config = MemoryConfig() if model.memory is None else model.memory.config
-    budget = asked.get("budget", config.mc_eval_soft_max_length or model.config.sequence_len)
-    return {
-        "budget": budget,
-        "recent_tokens": max(1, min(config.allocator_recent_tokens, budget // _RECENT_SHARE)),
-        "refocus_interval": config.mc_infer_refocus_interval,
-        "block_size": config.block_size,
-        "allocator_type": config.allocator_type,
-        "expand_threshold": config.allocator_expand_threshold,
-        "collapse_threshold": config.allocator_collapse_threshold,
-        "max_replacements": config.mc_infer_allocator_max_replacements,
-        "iterations": config.mc_infer_allocator_iterations,
-        "sample_top_k": config.allocator_sample_top_k,
-        "sample_temperature": config.allocator_sample_temperature,
-    }
+    return SessionOptions.of({**before, **tree})
 
 
 def most_coarsest_entries(tokens: int, block_size: int, tail: int, max_lod: int | None = None) -> int:

@@ -134,7 +134,7 @@ class SessionState:
             )
         if self.following not in (APPENDED, GENERATED):
             raise ValueError(f"following is {self.following!r}")
-        options = SessionOptions(**self.options)
+        options = SessionOptions.of(self.options)
         for run in self.lods:
             if not (type(run) is list and len(run) == 2 and all(type(value) is int for value in run)):
                 raise TypeError(f"lods has {run!r}")

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from megacontext.config import GPTConfig, MemoryConfig
+from megacontext.config import FocusConfig, GPTConfig, MemoryConfig
 from megacontext.errors import DataError
 from megacontext.model.attention import CausalSelfAttention, Linear
 from megacontext.model.cross_entropy import linear_cross_entropy, softcapped
@@ -61,6 +61,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.token_shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
         self.memory: Memory | None = None
+        self.focus = FocusConfig()  # defaults of whoever shows the model a working context
         self.rotary_table = RotaryTable(config.head_dim)
 
     @property
@@ -89,9 +90,13 @@ class GPT(nn.Module):
         if self.memory is not None:  # after the GPT, whose weights are then those without a memory
             self.memory.init_weights(generator)
 
-    def attach_memory(self, config: MemoryConfig) -> Memory:
-        """Give the model a memory, not yet initialized; its parameters are `memory.*` of the state dict."""
-        self.memory = Memory(self.config, config, self.embed).to(self.device)
+    def attach_memory(self, config: MemoryConfig, router_trained: bool | None = None) -> Memory:
+        """Give the model a memory, not yet initialized; its parameters are `memory.*` of the state dict.
+
+        `router_trained`: whether the router has learned to search; unless given, whether `config` trains it.
+        """
+        self.memory = Memory(self.config, config, self.embed, router_trained).to(self.device)
+        self.focus = config.focus
         return self.memory
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ from megacontext.model.rotary import Rotary
 from megacontext.model.router import QUERY_TOKENS, Router
 
 Embed = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+# Settings that came after trees stored the digest; no record depends on them.
+_UNHASHED = {"allocator_cooldown", "search_blocks", "search_visits", "restated_match", "restated_bonus", "scarcity"}
 _AUX = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,7 +31,7 @@ class Memory(nn.Module):
 
     leaf_context_blocks = 1
 
-    def __init__(self, gpt: GPTConfig, config: MemoryConfig, embed: Embed) -> None:
+    def __init__(self, gpt: GPTConfig, config: MemoryConfig, embed: Embed, router_trained: bool | None = None) -> None:
         super().__init__()
         self.config, self.width = config, gpt.n_embd
         self.block_size = config.block_size
@@ -37,6 +39,7 @@ class Memory(nn.Module):
         self.gist = GistNet(gpt, config)
         self.lens = LensNet(gpt, config)
         self.router = Router(gpt.n_embd, config) if config.routing_slots else None
+        self.router_trained = config.mc_recall_share > 0 if router_trained is None else router_trained
         self.lod_tag = nn.Parameter(torch.empty(config.max_lod, gpt.n_embd))
         self._digest: tuple[tuple[tuple[int, int], ...], str] = ((), "")
 
@@ -57,7 +60,8 @@ class Memory(nn.Module):
         return self._digest[1]
 
     def _hash(self) -> str:
-        found = hashlib.sha256(repr(sorted(asdict(self.config).items())).encode())
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _UNHASHED}
+        found = hashlib.sha256(repr(sorted(settings.items())).encode())
         probe = torch.arange(8, device=self.lod_tag.device)[None]
         with torch.no_grad():
             tensors = [self.embed(probe, None), *(value for _, value in sorted(self.state_dict().items()))]
@@ -109,8 +113,8 @@ class Memory(nn.Module):
 
     @property
     def routes(self) -> bool:
-        """Whether there is a router, and recall tasks to train it: without them what it finds is noise."""
-        return self.router is not None and self.config.mc_recall_share > 0
+        """Whether there is a router that was trained: without recall tasks what it finds is noise."""
+        return self.router is not None and self.router_trained
 
     def query(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit routing queries [B, K] of the newest raw ids [B, Q], and the logits [B] that they ask for something; at

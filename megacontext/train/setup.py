@@ -130,7 +130,10 @@ def fresh(task: TrainTask, device: torch.device, dtype: torch.dtype) -> tuple[GP
     model.init_weights(torch.Generator().manual_seed(task.seed))
     if task.init_from is not None:
         with otel.span("checkpoint_load", path=task.init_from):
-            start = load_checkpoint(task.init_from, with_optimizer=False).model
+            loaded = load_checkpoint(task.init_from, with_optimizer=False)
+        start = loaded.model
+        if model.memory is not None and loaded.meta.get("router_trained"):
+            model.memory.router_trained = True
         mine = {name: value for name, value in model.state_dict().items() if name.startswith("memory.")}
         if not mine:
             start = {name: value for name, value in start.items() if not name.startswith("memory.")}
@@ -323,8 +326,9 @@ def _batch_file(task: TrainTask) -> str:
 def loop_meta(setup: Setup) -> dict[str, Any]:
     """What a checkpoint stores beside the tensors, as plain JSON."""
     memory = setup.task.memory
+    trained = setup.model.memory is not None and setup.model.memory.routes
     return {
-        **({"memory_config": asdict(memory)} if memory is not None else {}),
+        **({"memory_config": asdict(memory), "router_trained": trained} if memory is not None else {}),
         "identity": setup.task.identity(),
         "num_iterations": setup.num_iterations,
         "train_data": setup.rows.digest,
