@@ -25,7 +25,6 @@ class Hardware:
     cpu_bf16: bool = False
     cxx: bool = False
     triton: bool = False
-    cores: int = 1
 
     @classmethod
     def probe(cls, device: torch.device) -> Hardware:
@@ -35,7 +34,6 @@ class Hardware:
             cpu_bf16=_cpu_has_bf16(),
             cxx=any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")),
             triton=importlib.util.find_spec("triton") is not None,
-            cores=usable_cores(),
         )
 
 

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny import make_task
 
-from jobs.base_train import result_of
 from jobs.runtime import cli
 from jobs.runtime.launch import run_training
+from jobs.training import result_of
+from megacontext.stages import BASE
 
 
 def main(folder: Path, run: str, launcher: str, *overrides: str) -> None:
@@ -26,7 +27,7 @@ def main(folder: Path, run: str, launcher: str, *overrides: str) -> None:
 
     def work() -> None:
         print("ready", flush=True)
-        result_of(run_training(task, args))
+        result_of(BASE, run_training(task, args))
 
     cli.finish(work)
 

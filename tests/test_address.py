@@ -50,9 +50,14 @@ def server(status: int = 200, body: object = None, token: str = "") -> Iterator[
 @contextmanager
 def silent(reply: bytes = b"") -> Iterator[str]:
     """The address of a socket that takes connections and says nothing, or one thing that is not HTTP."""
+
+    def answer() -> None:
+        with made.accept()[0] as connection:
+            connection.sendall(reply)
+
     with socket.create_server(("127.0.0.1", 0)) as made:
         if reply:
-            threading.Thread(target=lambda: made.accept()[0].sendall(reply), daemon=True).start()
+            threading.Thread(target=answer, daemon=True).start()
         yield f"127.0.0.1:{made.getsockname()[1]}"
 
 

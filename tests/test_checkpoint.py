@@ -143,7 +143,7 @@ def test_killed_while_writing_leaves_the_previous_one(tmp_path: Path) -> None:
         assert path is not None
         loaded = ck.load_checkpoint(path, with_optimizer=True)
         assert torch.equal(loaded.model["w"], torch.full((300, 300), float(loaded.meta["step"])))
-    ck.CheckpointWriter(str(tmp_path), "base", None, 3)
+    ck.CheckpointWriter(str(tmp_path), "base", None, 3).close()
     assert not [name for name in storage.list_dir(str(tmp_path)) if name.startswith(".tmp")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 from tiny_pipeline import without
 
 from jobs import base_train, chat_cli, recall_eval, run10, run1000, speedrun
-from jobs.runtime import checks, cli, hardware
+from jobs.runtime import checks, cli, hardware, run_settings
 from jobs.runtime.run_settings import FLAGS as SETTINGS
 from jobs.runtime.run_settings import SECTIONS
-from megacontext.config import TIERS, RunConfig
+from megacontext import precision
+from megacontext.config import TIERS, RunConfig, TrainConfig
 from megacontext.errors import UserError
 from megacontext.flags import own_fields
+from megacontext.stages import PREPARE_TEXT
+from megacontext.train.sizing import Pace, describe
 
 CPU = ["--tier=cpu", "--wandb=off"]
 
@@ -268,3 +272,33 @@ def test_sections_are_the_flags() -> None:
     assert {name for name, (section, item) in SETTINGS.items() if section is RunConfig and not item.metadata["machine"]} == {
         "tier", "init_from", "seed", "dtype", "compile",
     }  # fmt: skip
+
+
+def test_a_run_keeps_its_tier(tmp_path: Path) -> None:
+    """Settings of the run go before those of a tier, so another tier would change nothing and say nothing."""
+    settings = {"base_dir": str(tmp_path), "run": "mine", "device": "cpu"}
+    args = cli.resolve({**settings, "tier": "cpu"})
+    run_settings.record(cli.paths(args).run_dir, PREPARE_TEXT, cli.flat_values(args))
+    for same in ({}, {"tier": "auto"}, {"tier": "cpu"}):
+        assert cli.resolve({**settings, **same}).run.tier == "cpu"
+    with pytest.raises(UserError, match="--tier is '5090', and run 'mine' was made with --tier cpu"):
+        cli.resolve({**settings, "tier": "5090"})
+
+
+def test_a_compiler_that_is_missing_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"base_dir": str(tmp_path), "tier": "cpu", "device": "cpu", "compile": "on", "wandb": "off"}
+    real = precision.Hardware.probe
+    for there in (True, False):
+        monkeypatch.setattr(precision.Hardware, "probe", lambda device, there=there: replace(real(device), cxx=there))
+        if there:
+            checks.check_training(cli.resolve(settings))
+        else:
+            with pytest.raises(UserError, match=r"--compile on needs a C\+\+ compiler"):
+                checks.check_training(cli.resolve(settings))
+
+
+def test_one_step_is_one_step() -> None:
+    pace = Pace(spent=1.0, step=100.0, validation=1.0)
+    said = describe(TrainConfig(max_minutes=1.0, min_tokens=0), pace, 1, 1)
+    assert said.endswith("1 step in 1 minute")
+    assert describe(TrainConfig(max_minutes=1.5, min_tokens=0), pace, 2, 2).endswith("2 steps in 1.5 minutes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,25 @@ def test_values_of_the_environment_win_also_in_other_values(tmp_path: Path, monk
     file.chmod(0o644)
     with pytest.raises(UserError, match="chmod 600"):
         environment.load({})
+
+
+def test_what_a_developer_has_set_does_not_reach_the_tests() -> None:
+    """The variables are set here, and are gone where pytest runs this test again."""
+    if "RERUN" not in os.environ:
+        set_here = {"WANDB_API_KEY": "k", "MC_OTEL_ENDPOINT": "h:1", "OTEL_SDK_DISABLED": "true", "RAY_ADDRESS": "x",
+                    "NANOCHAT_BASE_DIR": "/b", "MEGACONTEXT_ENABLE_WANDB": "1", "RERUN": "1"}  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"{__file__}::test_what_a_developer_has_set_does_not_reach_the_tests",
+        ]
+        done = subprocess.run(command, env={**os.environ, **set_here}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        return
+    names = ("WANDB_API_KEY", "MC_OTEL_ENDPOINT", "OTEL_SDK_DISABLED", "RAY_ADDRESS", "NANOCHAT_BASE_DIR",
+             "MEGACONTEXT_ENABLE_WANDB")  # fmt: skip
+    assert [name for name in names if name in os.environ] == []

@@ -14,12 +14,10 @@ from megacontext.model.flops import (
     count_params,
     decode_flops_per_token,
     forward_flops_per_token,
-    gist_flops,
     lens_flops,
     matmul_params,
     peak_flops,
     peak_flops_by_name,
-    routing_key_flops,
     train_flops_per_token,
     tree_flops,
 )
@@ -66,19 +64,20 @@ def counted(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "query", "cls"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_flops_of_a_memory_equal_those_torch_counts(pooling: str, head: str) -> None:
-    memory = MemoryConfig(block_size=4, gistnet_pooling=pooling, gistnet_head=head, lensnet_head=head, routing_slots=2,
-                          routing_width=8)  # fmt: skip
+@pytest.mark.parametrize("kind", ["transformer", "mean"])
+@pytest.mark.parametrize("slots", [0, 2])
+def test_flops_of_a_memory_equal_those_torch_counts(pooling: str, head: str, kind: str, slots: int) -> None:
+    memory = MemoryConfig(block_size=4, gistnet_type=kind, gistnet_pooling=pooling, gistnet_head=head, lensnet_head=head,
+                          routing_slots=slots, routing_width=8)  # fmt: skip
     model = GPT(CONFIG)
     ours = model.attach_memory(memory)
     model.init_weights()
     ids = torch.zeros(1, 64, dtype=torch.int64)
     children, gists = 4 + (pooling == "cls"), 16 + 4
-    attention = gists * 2 * children * 4 * 32 * children  # layers · entries · (scores and values)
+    attention = gists * 2 * children * 4 * 32 * children * (kind != "mean")  # layers · entries · (scores and values)
     assert counted(lambda: build_levels(ids, ours, 2)) + attention == tree_flops(CONFIG, memory, 64)
-    assert tree_flops(CONFIG, memory, 64) == gist_flops(CONFIG, memory, gists) + routing_key_flops(CONFIG, memory, 64)
     x, lod = torch.randn(1, 30, 32), torch.zeros(1, 30, dtype=torch.int64)
     rotary = model.rotary_table.slice(0, 30, x.device)
     assert counted(lambda: ours.scores(x, lod, rotary)) + 2 * 30 * 4 * 32 * 30 == lens_flops(CONFIG, memory, 30)
@@ -92,15 +91,13 @@ def test_flops_of_attention_labels_equal_those_torch_counts() -> None:
     assert found == attention_label_flops(CONFIG, 64, 5)
 
 
-def test_parts_that_a_memory_lacks_cost_nothing() -> None:
-    assert gist_flops(CONFIG, MemoryConfig(gistnet_type="mean"), 9) == 0
-    assert routing_key_flops(CONFIG, MemoryConfig(routing_slots=0), 64) == 0
-
-
-def test_decode_grows_with_what_is_attended() -> None:
-    assert decode_flops_per_token(CONFIG, 0) == forward_flops_per_token(CONFIG, 1)
-    step = decode_flops_per_token(CONFIG, 11) - decode_flops_per_token(CONFIG, 10)
-    assert step == 4 * CONFIG.n_layer * CONFIG.n_embd
+@pytest.mark.parametrize("cached", [0, 10])
+def test_flops_of_decoding_equal_those_torch_counts(cached: int) -> None:
+    model = GPT(CONFIG)
+    model.init_weights()
+    found = counted(lambda: model(torch.zeros(1, 1, dtype=torch.int64)))  # what a token costs without attention
+    attention = CONFIG.n_layer * 2 * 2 * CONFIG.n_embd * (cached + 1)  # scores and values, two FLOPs each
+    assert found + attention == decode_flops_per_token(CONFIG, cached)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from equal_weights import fill_by_name
 
 from megacontext.config import GPTConfig, MemoryConfig
 from megacontext.context.gist_function import build_levels
@@ -73,16 +74,47 @@ def test_every_option_makes_records_and_scores(options: dict[str, Any]) -> None:
     assert scores.std() > 0
 
 
-@pytest.mark.parametrize("options", OPTIONS[1:7], ids=str)
-def test_no_option_is_without_effect(options: dict[str, Any]) -> None:
-    def weights(memory: Memory) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in memory.named_parameters()}
+def outputs(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a memory of these options makes of the same ids with the same weights."""
+    model = GPT(SHAPE)
+    memory = model.attach_memory(replace(SMALL, **options))
+    fill_by_name(model)
+    leaf = memory.leaf(ids_of(2, 5, 4))
+    x, slots = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(3)), torch.arange(12)[None]
+    found = {
+        "gists": memory.content(leaf),
+        "scores": memory.scores(x, torch.ones(1, 12, dtype=torch.long), model.entry_rotary(slots.double(), slots.double(), slots)),
+    }  # fmt: skip
+    if memory.router is not None:
+        found["routes"] = memory.route_logits(memory.query(ids_of(3, 9))[0], memory.keys(leaf).flatten(0, 1))
+    return found
 
-    plain, other = trained()[1], trained(replace(SMALL, **options))[1]
-    if options == {"gistnet_pooling": "cls"}:  # the same parameters as "query", another use of them
-        other_leaf = trained(replace(SMALL, gistnet_pooling="query"))[1].leaf(ids_of(1, 1, 4))
-        assert not torch.equal(other.leaf(ids_of(1, 1, 4)), other_leaf)
-    assert weights(plain) != weights(other)
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"gistnet_type": "mean"}, {"gists"}),
+        ({"gistnet_layers": 4}, {"gists"}),
+        ({"gistnet_pooling": "query"}, {"gists"}),
+        ({"gistnet_pooling": "cls"}, {"gists"}),
+        ({"gistnet_head": "linear"}, {"gists"}),
+        ({"lensnet_layers": 4}, {"scores"}),
+        ({"lensnet_head": "linear"}, {"scores"}),
+        ({"positional_type": "gaussian"}, {"scores"}),
+        ({"routing_slots": 1}, {"routes"}),
+        ({"routing_width": 16}, {"routes"}),
+        ({"routing_slots": 0}, {"routes"}),
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_outputs_of_its_part_alone(options: dict[str, Any], changed: set[str]) -> None:
+    plain, other = outputs({}), outputs(options)
+    assert {name for name in plain if name not in other or not torch.equal(plain[name], other[name])} == changed
+
+
+def test_poolings_differ_with_the_same_parameters() -> None:
+    query, cls = outputs({"gistnet_pooling": "query"}), outputs({"gistnet_pooling": "cls"})
+    assert not torch.equal(query["gists"], cls["gists"])
 
 
 def test_a_new_gistnet_is_the_normed_mean_and_a_new_lens_says_nothing() -> None:
@@ -91,8 +123,8 @@ def test_a_new_gistnet_is_the_normed_mean_and_a_new_lens_says_nothing() -> None:
     want = rms_norm(model.embed(ids[0]).mean(1))
     torch.testing.assert_close(memory.content(memory.leaf(ids))[0], want, atol=1e-6, rtol=0)
     slots = torch.arange(3)[None]
-    logits = memory.lens_logits(want[None], torch.ones(1, 3, dtype=torch.long), model.entry_rotary(slots, slots, slots))
-    assert not logits.any()
+    scores = memory.scores(want[None], torch.ones(1, 3, dtype=torch.long), model.entry_rotary(slots, slots, slots))
+    assert not scores.any()
 
 
 def test_one_gistnet_for_all_levels_and_keys_are_the_largest_below() -> None:
@@ -127,29 +159,6 @@ def test_a_score_of_an_old_entry_depends_on_the_tail() -> None:
     lod = torch.zeros(1, 12, dtype=torch.long)
     change = (memory.scores(x, lod, rotary) - memory.scores(other, lod, rotary)).abs()
     assert change[0, 0] > 1e-5
-
-
-def test_padding_changes_no_score() -> None:
-    model, memory = trained()
-    x = torch.randn(1, 12, 32)
-    slots = torch.arange(12)[None]
-    rotary = model.entry_rotary(slots, slots, slots)
-    lod = torch.zeros(1, 12, dtype=torch.long)
-    valid = torch.arange(12)[None] < 9
-    short = model.entry_rotary(slots[:, :9], slots[:, :9], slots[:, :9])
-    want = memory.scores(x[:, :9], lod[:, :9], short)
-    torch.testing.assert_close(memory.scores(x, lod, rotary, valid=valid)[:, :9], want, atol=1e-5, rtol=1e-4)
-
-
-def test_route_raises_a_score_to_certainty() -> None:
-    model, memory = trained()
-    x, slots = torch.randn(1, 4, 32), torch.arange(4)[None]
-    rotary, lod = model.entry_rotary(slots, slots, slots), torch.ones(1, 4, dtype=torch.long)
-    route = torch.tensor([[0.0, 1.0, 0.5, 0.0]])
-    plain, routed = memory.scores(x, lod, rotary), memory.scores(x, lod, rotary, route)
-    assert torch.equal(routed[0, [0, 3]], plain[0, [0, 3]])
-    assert routed[0, 1] == 1
-    assert routed[0, 2] > plain[0, 2]
 
 
 def test_route_logits_are_matches_over_all_blocks() -> None:

@@ -16,7 +16,7 @@ from megacontext.config import GPTConfig, TrainConfig
 from megacontext.errors import CheckpointError
 from megacontext.model.gpt import GPT
 from megacontext.train.muon import Muon, orthogonalize
-from megacontext.train.optim import Optimizer, ParamGroup, build_optimizer
+from megacontext.train.optim import Optimizer, ParamGroup, build_optimizer, gpt_groups
 from megacontext.train.schedule import lr_multiplier, muon_momentum
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -193,9 +193,10 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
     with pytest.raises(AssertionError, match=r"missing \['gist.weight'\]"):
         build_optimizer(model, TrainConfig())
     extra = ParamGroup("adamw", {"gist.weight": model.gist.weight}, lr=1e-3)
-    optimizer = build_optimizer(model, TrainConfig(), extra=[extra])
+    groups = [*gpt_groups(model, TrainConfig()), extra]
+    optimizer = Optimizer(model, groups, torch.float32)
     with pytest.raises(AssertionError, match=r"in several \['gist.weight'\]"):
-        build_optimizer(model, TrainConfig(), extra=[extra, extra])
+        Optimizer(model, [*groups, extra], torch.float32)
     before = model.gist.weight.detach().clone()
     model.loss(*batch(0)).backward()
     optimizer.reduce(1)  # the gist took no part: its gradient is zero

@@ -13,48 +13,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from allocators import allocator_config
 from collector import Collector, plain
 from patience import PATIENCE_S
-from test_resume import train_here
-from tiny import make_task
 
-from jobs.runtime import cli, environment
-from jobs.runtime.stage import Job, run_stage
-from megacontext.config import RunConfig
 from megacontext.context.allocator import FocusAllocator
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
-from megacontext.stages import TOK_EVAL
 from megacontext.telemetry import otel, otlp
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time that sending takes on a busy machine."""
-    monkeypatch.setattr(otlp, "SEND_SECONDS", PATIENCE_S)
-    monkeypatch.setattr(otel, "CLOSE_SECONDS", PATIENCE_S)
-
-
-@pytest.fixture(params=otlp.PROTOCOLS)
-def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def collector(patient: None, protocol: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """A collector that `MC_OTEL_ENDPOINT` names, of each protocol."""
-    server = Collector(protocol)
-    monkeypatch.setenv(otlp.ENDPOINT, server.address)
-    monkeypatch.setenv(otlp.INSECURE, "1")
-    yield server
-    server.close()
 
 
 def test_spans_nest_have_durations_and_carry_events(collector: Collector) -> None:
@@ -337,49 +306,3 @@ def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypa
     assert "megacontext[otel]" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"megacontext\[otel\]"):
         otel.Telemetry(replace(target, demanded=True))
-
-
-def test_a_run_is_one_trace(tmp_path: Path, collector: Collector, capsys: pytest.CaptureFixture[str]) -> None:
-    """Steps with their loss, validations, saving and loading of checkpoints nest below the stage, with real durations."""
-    task = make_task(tmp_path, "traced", num_iterations=4, save_every=2, eval_every=2)
-    with otel.opened(run="traced", rank=0):
-        for name in ("base_train", "again"):
-            with otel.span(name):
-                train_here(task)
-    spans = collector.all_spans()
-    stages = {name: collector.spans()[name] for name in ("base_train", "again")}
-
-    def below(stage: str) -> list[tuple[str, dict[str, Any]]]:
-        found = sorted((span for span in spans if span.parent_span_id == stages[stage].span_id),
-                       key=lambda span: span.start_time_unix_nano)  # fmt: skip
-        for span in found:
-            assert stages[stage].start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
-            assert span.end_time_unix_nano <= stages[stage].end_time_unix_nano
-        return [(span.name, plain(span.attributes)) for span in found]
-
-    first = below("base_train")
-    names = [name for name, _ in first if name != "checkpoint_save"]
-    assert names == ["validation", *["train_step"] * 2, "validation", *["train_step"] * 2, "validation"]
-    assert [values["mc.step"] for name, values in first if name == "checkpoint_save"] == [2, 4]
-    records = [json.loads(line) for line in (tmp_path / "traced" / "metrics.jsonl").read_text().splitlines()]
-    assert [values["mc.loss"] for name, values in first if name == "train_step"] == [
-        record["train/loss"] for record in records if "train/loss" in record
-    ]
-    assert [values["mc.bpb"] for name, values in first if name == "validation"] == [
-        record["val/bpb"] for record in records if "val/bpb" in record
-    ]
-    assert below("again") == [("checkpoint_load", {"mc.path": f"{task.run_dir}/checkpoints/megacontext_base_000004"})]
-
-
-def test_a_stage_is_a_span_with_its_metrics(tmp_path: Path, collector: Collector) -> None:
-    args = cli.parse([RunConfig], None, ["--tier", "cpu", "--base_dir", str(tmp_path), "--run", "mine"])
-    run_stage(Job(TOK_EVAL, lambda args: {"tok_eval/bytes_per_token": 3.5, "tok_eval/text": "x"}), args)
-    assert plain(collector.spans()["tok_eval"].attributes) == {"mc.bytes_per_token": 3.5}
-    assert collector.senders()[0]["mc.run"] == "mine"
-
-
-def test_a_job_on_a_cluster_gets_the_variables_but_not_the_secret_one() -> None:
-    given = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}
-    secret = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer 1"}
-    assert environment.forwarded(given | secret) == given
-    assert environment.secrets_kept_back(given | secret) == list(secret)

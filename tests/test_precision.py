@@ -42,7 +42,6 @@ def test_probe_reads_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Hardware.probe(CPU).cpu_bf16
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert choose_dtype("auto", CPU) is torch.float32
-    assert Hardware.probe(CPU).cores >= 1
 
 
 @pytest.mark.parametrize(

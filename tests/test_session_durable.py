@@ -162,7 +162,8 @@ def test_options_are_the_stored_ones(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             mc.Session(the_model(), make_tokenizer(), path=path, **options)
-    assert mc.Session(the_model(), make_tokenizer(), 48, str(path)).options.recent_tokens == 8
+    with mc.Session(the_model(), make_tokenizer(), 48, str(path)) as again:
+        assert again.options.recent_tokens == 8
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_too_few_tokens_take_longer_and_say_so() -> None:
     assert fitting < 20
     assert floor_steps(train) == 245
     text = describe(train, pace, fitting, 245)
-    assert f"{fitting} steps fit 7 minutes" in text
+    assert f"{fitting} steps in 7 minutes" in text
     assert "fewer than 1,000,000 (--min_tokens)" in text
     assert "training takes 245 steps: about 86 minutes" in text
     assert "--min_tokens" not in describe(train, pace, 300, 300)

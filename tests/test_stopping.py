@@ -295,7 +295,7 @@ def test_signals_that_are_ignored_stay_ignored(handlers: None) -> None:
 
 def test_a_stop_inside_a_library_that_python_cannot_interrupt_ends_at_once() -> None:
     code = (
-        "import os, signal; from jobs import cli, stopping\n"
+        "import os, signal; from jobs.runtime import cli, stopping\n"
         "def work():\n"
         "    with stopping.unhandled():\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -122,7 +122,8 @@ def test_a_signal_stops_the_job_after_its_checkpoint_and_ends_only_our_cluster(
             process.send_signal(signal.SIGINT)
             break
     below = one_machine.descendants(process.pid)
-    seen += list(process.stdout)
+    with process.stdout:
+        seen += list(process.stdout)
     output = "".join(seen)
     assert process.wait(timeout=PATIENCE_S) == 130, output
     assert (folder / "checkpoint").read_text() == "saved", output
@@ -216,7 +217,7 @@ def test_a_cluster_ends_when_its_client_is_killed(tmp_path: Path) -> None:
     folder = process.stdout.readline().strip()
     below = one_machine.descendants(process.pid)
     process.kill()
-    process.wait()
+    process.communicate()
     deadline = time.monotonic() + PATIENCE_S
     while one_machine.alive(below) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -279,6 +280,51 @@ def test_object_store_is_bounded() -> None:
     assert one_machine.object_store_bytes(0) == gib // 4
     assert one_machine.object_store_bytes(20 * gib) == gib
     assert one_machine.object_store_bytes(2048 * gib) == 8 * gib
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "flags"),
+    [
+        (["python", "jobs/speedrun.py", "--dept", "6"], "jobs.speedrun", ["--dept", "6"]),
+        (["/usr/bin/python3.12", "./jobs/run10.py", "--gpu", "cpu"], "jobs.run10", ["--gpu", "cpu"]),
+        (["python3", "-m", "jobs.base_train", "--mc"], "jobs.base_train", ["--mc"]),
+        (["python", "jobs/mine.py", "--x"], "", ["--x"]),
+        (["python", "-c", "print(1)"], "", ["print(1)"]),
+        (["bash", "jobs/speedrun.py"], "", []),
+        (["python"], "", []),
+    ],
+)
+def test_which_commands_are_jobs_of_ours(command: list[str], module: str, flags: list[str]) -> None:
+    assert submit.job_module(command) == (module, flags)
+
+
+def test_a_wrong_flag_is_told_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "submit", lambda args, signals: 0)
+    monkeypatch.setattr(submit, "Signals", lambda: None)
+    for flags, status in ((["--dept", "6"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            submit.main(["--", "python", "jobs/speedrun.py", *flags])
+        assert ended.value.code == status
+    out, err = capsys.readouterr()
+    assert "jobs/speedrun.py" not in sys.argv
+    assert err.startswith("speedrun.py: unrecognized arguments: --dept 6 (did you mean --depth?)")
+    assert "--mc" in out
+    for command in (["python", "jobs/speedrun.py", "--depth", "6"], ["python", "elsewhere.py", "--dept", "6"]):
+        assert submit.main(["--", *command]) == 0
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_failed_job_names_a_checkpoint_only_where_there_is_one(
+    saved: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if saved:
+        (tmp_path / "checkpoints" / "megacontext_base_000010").mkdir(parents=True)
+    printer = LogPrinter()
+    printer.run_dir = str(tmp_path)
+    submit.places(printer, "FAILED", "python jobs/speedrun.py", False)
+    assert ("continues from the newest checkpoint" in capsys.readouterr().out) is saved
 
 
 def test_excludes_keep_the_library_in() -> None:

@@ -162,7 +162,7 @@ def test_without_a_home_folder_one_sentence_names_the_variable(argv: list[str]) 
 def test_a_user_without_name_and_home_can_work(tmp_path: Path) -> None:
     code = (
         "import getpass\n"
-        "from jobs import environment\n"
+        "from jobs.runtime import environment\n"
         "from jobs.runtime.user_paths import base_folder\n"
         "environment.load()\n"
         "import torch._dynamo\n"  # every optimizer's first step imports it, and it asks for the name

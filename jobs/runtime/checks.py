@@ -9,11 +9,13 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
 from jobs.runtime import hardware
 from jobs.runtime.cli import Args, paths
 from jobs.runtime.run_settings import shape_of_start
 from jobs.runtime.stage import Job, finished, refuse_other_settings
+from megacontext import precision
 from megacontext.config import MIN_VOCAB_SIZE, GPTConfig, RunConfig
 from megacontext.data.recall_words import WordList
 from megacontext.data.stream import BatchPlan
@@ -37,13 +39,15 @@ def check(args: Args, jobs: Sequence[Job]) -> None:
 
 
 def check_training(args: Args) -> None:
-    """Raise UserError for a launcher, a device, W&B, a shape, a batch or a memory with which training cannot run."""
+    """Raise UserError for a launcher, device, compiler, W&B, shape, batch or memory with which training cannot run."""
     check_launcher(args)
     check_wandb(args.run.wandb)
     task = planned_task(args)
     horizon_steps(task, 1)
     check_memory(task)
     workers = worker_count(args.run)
+    if args.run.compile == "on" and (args.run.device == "cpu" or not hardware.gpu_count(args.run.launcher)):
+        precision.choose_compile("on", torch.device("cpu"))
     # With --mc_auto_batch the device batch is chosen later, and rows are shared out one at a time in the worst case.
     shrinks = task.memory is not None and task.memory.mc_auto_batch
     BatchPlan(task.rows_per_step, 1 if shrinks else task.train.device_batch_size, workers)

@@ -32,7 +32,7 @@ from megacontext.config import (
     TrainConfig,
     preset,
 )
-from megacontext.errors import MegaContextError
+from megacontext.errors import MegaContextError, UserError
 from megacontext.flags import from_flat, is_switch, own_fields
 
 
@@ -141,6 +141,11 @@ def resolve(given: Mapping[str, Any], stage: str = "") -> Args:
     tier = next(
         (name for name in (given.get("tier"), inherited.get("tier")) if name not in (None, "auto")), None
     ) or detect_tier(run.launcher)
+    if tier != inherited.get("tier", tier) and inherited["tier"] != "auto":
+        raise UserError(
+            f"--tier is {tier!r}, and run {run.run!r} was made with --tier {inherited['tier']}; its settings stay those of "
+            f"that tier. Leave --tier out to go on with it, or start another --run. The run is in {run_dir!r}."
+        )
     preset_values = preset(tier, {**inherited, **where})
     flat = {**preset_values, **inherited, **where, "tier": tier}
     if flat.get("init_from"):

@@ -6,7 +6,11 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
+
+
+class FlagsAreRightError(Exception):
+    """In place of a job's work, where only its flags are to be checked."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +33,14 @@ class Parser(argparse.ArgumentParser):
         if settings.get("type") in (int, float):
             settings["type"] = _number(settings["type"], low, high)
         return super().add_argument(*names, **settings)
+
+    only_check: ClassVar[bool] = False  # whether `parse_args` raises FlagsAreRightError instead of returning
+
+    def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
+        found = super().parse_args(*given)
+        if Parser.only_check:
+            raise FlagsAreRightError
+        return found
 
     def hide(self, action: argparse.Action) -> None:
         """Leave a flag out of `--help`."""

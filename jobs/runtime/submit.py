@@ -9,6 +9,7 @@ it and ended after it. The exit status is 0 when the job succeeded.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from jobs.runtime.address import VARIABLES, address_of, check_dashboard, client_
 from jobs.runtime.follow import Follower, LogPrinter
 from jobs.runtime.one_machine import RAY, OneMachineCluster
 from jobs.runtime.own_lines import lasting_lines
-from jobs.runtime.parser import Parser
+from jobs.runtime.parser import FlagsAreRightError, Parser
 from jobs.runtime.user_paths import CALLER_DIR, user_path
 from megacontext import storage
 from megacontext.config import default_base_dir
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         used = environment.load()
         if used:
             say(f"settings from {used}")
+        check_flags(args.command)
         signals = Signals()
         with lasting_lines():
             return submit(args, signals)
@@ -87,6 +89,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "command", nargs="+", metavar="-- command", help="for example: python jobs/speedrun.py --run mine"
     )
     return parser.parse_args(list(argv))
+
+
+def check_flags(command: Sequence[str]) -> None:
+    """End the program as the job itself would for a flag of a job of ours that is wrong, before anything is started."""
+    name, flags = job_module(command)
+    if not name or not flags:
+        return
+    try:
+        job = importlib.import_module(name)
+    except ImportError:  # the packages of the job may be on the cluster alone
+        return
+    before, Parser.only_check = sys.argv, True
+    try:
+        sys.argv = [f"{name.replace('.', '/')}.py", *flags]
+        job.main()
+    except FlagsAreRightError:
+        pass
+    finally:
+        sys.argv, Parser.only_check = before, False
+
+
+def job_module(command: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Module and flags of `python jobs/x.py …` or `python -m jobs.x …`; an empty name for what is no job of ours."""
+    python, *words = command
+    if words[:1] == ["-m"]:
+        found, flags = re.fullmatch(r"jobs\.(\w+)", " ".join(words[1:2])), words[2:]
+    else:
+        found, flags = re.fullmatch(r"(?:\S*/)?jobs/(\w+)\.py", " ".join(words[:1])), words[1:]
+    ours = found and Path(python).name.startswith("python") and (ROOT / "jobs" / f"{found[1]}.py").is_file()
+    return (f"jobs.{found[1]}" if found and ours else ""), flags
 
 
 def submit(args: argparse.Namespace, signals: Signals) -> int:
@@ -217,7 +249,10 @@ def places(printer: LogPrinter, status: str, command: str, stopped_here: bool) -
     if status == "STOPPED" or stopped_here:
         say("stopped; run the same command again to continue where it stopped")
     elif status == "FAILED":
-        say("failed; its log is above. After a fix, the same command continues from the newest checkpoint")
+        folder = storage.join(run_dir, "checkpoints") if run_dir else ""
+        saved = folder and any(name.startswith("megacontext_") for name in storage.list_dir(folder))
+        how = "continues from the newest checkpoint" if saved else "begins anew what was not complete"
+        say(f"failed; its log is above. After a fix, the same command {how}")
 
 
 def _first_line(error: Exception) -> str:

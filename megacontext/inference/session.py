@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from megacontext.inference.session_folder import (
 from megacontext.inference.session_options import resolve_options
 from megacontext.inference.session_state import APPENDED, GENERATED, SessionState
 from megacontext.inference.session_stats import SessionStats
+from megacontext.telemetry import otel
 
 if TYPE_CHECKING:
     from megacontext.data.tokenizer import Tokenizer
@@ -161,7 +162,8 @@ class Session:
         self._announce(APPENDED)
         before = self.tokens
         try:
-            self.tree.append(ids)
+            with otel.span("session_append", tokens=ids.size):
+                self.tree.append(ids)
         finally:
             self._follow()
             self.stats.appended += self.tokens - before
@@ -175,7 +177,9 @@ class Session:
         self._ready()
         headroom = self.options.headroom(self.tokens)
         score, _ = score_function(self.model, self.tree, self.context, self.options, headroom)
-        self.context, report = self._allocator.refocus(self.context, score, headroom)
+        with otel.span("session_refocus", tokens=self.tokens) as span:
+            self.context, report = self._allocator.refocus(self.context, score, headroom)
+            span.set(entries=report.entries, edits=report.edits)
         self._since, self._refocused_at, self._stale, self._dirty = 0, self.tokens, False, True
         if not self._read_only:
             self._announce(GENERATED)
@@ -207,7 +211,8 @@ class Session:
         if stop is not None:
             ids = arguments.items("stop", stop, "token ids; () never stops")
             ends = frozenset(arguments.token_ids("stop", ids, self.model.config.vocab_size).tolist())
-        return self._generate(max_tokens, temperature, top_k, seed, ends)
+        made = self._generate(max_tokens, temperature, top_k, seed, ends)
+        return otel.traced("session_generate", made, tokens=self.tokens)
 
     def verify(self) -> None:
         """Check everything that is stored of the session against its checksums: session.json, every id, every gist.
@@ -249,7 +254,7 @@ class Session:
 
     def _generate(
         self, max_tokens: int, temperature: float, top_k: int | None, seed: int, stop: frozenset[int]
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         draws = row_generators(seed, 1)
         for _ in range(max_tokens):
             began = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megacontext.config import GPTConfig
-from megacontext.model.attention import Linear, attend
+from megacontext.model.attention import Linear
 from megacontext.model.mlp import MLP
 from megacontext.model.norm import rms_norm
 from megacontext.model.rotary import Rotary, rotate_and_norm
@@ -26,16 +26,13 @@ class EncoderBlock(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """rotary: positions, or None. mask: bool [N, 1, 1, L], True where there is an entry; None when all are."""
+    def forward(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """x [N, L, D]; rotary: positions of the entries, or None."""
         batch, length, _ = x.shape
         qkv = self.c_qkv(rms_norm(x)).view(batch, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         q, k = (rms_norm(part) if rotary is None else rotate_and_norm(part, rotary) for part in (q, k))
-        if mask is None:
-            y = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        else:
-            y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        y = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x = x + self.c_proj(y.transpose(1, 2).reshape(batch, length, -1))
         return x + self.mlp(rms_norm(x))  # type: ignore[no-any-return]
 

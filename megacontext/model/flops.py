@@ -62,6 +62,8 @@ def gist_flops(config: GPTConfig, memory: MemoryConfig, gists: int) -> float:
         return 0.0
     children = memory.block_size + (memory.gistnet_pooling == "cls")
     head = (4 if memory.gistnet_head == "mlp" else 1) * config.n_embd**2
+    if memory.gistnet_pooling == "query":
+        head += children * config.n_embd
     return gists * (_encoder_flops(config, memory.gistnet_layers, children) + 2.0 * head)
 
 

@@ -41,7 +41,7 @@ class GistNet(nn.Module):
         if self.pooling == "cls":
             x = torch.cat([x, self.query.to(x.dtype).expand(len(x), 1, -1)], 1)
         for block in self.blocks:
-            x = block(x, None, None)
+            x = block(x, None)
         return rms_norm(mean + self.head(rms_norm(self._pooled(x))))
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,12 +24,9 @@ class LensNet(nn.Module):
         self.blocks = nn.ModuleList([EncoderBlock(gpt) for _ in range(config.lensnet_layers)])
         self.head = Head(config.lensnet_head, gpt.n_embd, 1)
 
-    def forward(
-        self, x: torch.Tensor, lod: torch.Tensor, rotary: Rotary, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x [B, L, D], lod int64 [B, L], rotary of the entries, valid bool [B, L] (None: all) to logits [B, L]."""
+    def forward(self, x: torch.Tensor, lod: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """x [B, L, D], lod int64 [B, L] and the rotary of the entries to logits [B, L]."""
         x = x + self.levels.to(x.dtype)[lod.clamp(max=len(self.levels) - 1)]
-        mask = None if valid is None else valid[:, None, None, :]
         for block in self.blocks:
-            x = block(x, rotary, mask)
+            x = block(x, rotary)
         return self.head(rms_norm(x)).squeeze(-1).float()  # type: ignore[no-any-return]

@@ -133,24 +133,9 @@ class Memory(nn.Module):
         flat = query @ keys.flatten(0, 1).T
         return self.router.logits(flat.view(len(query), *keys.shape[:2]).amax(-1))
 
-    def lens_logits(
-        self, x: torch.Tensor, lod: torch.Tensor, rotary: Rotary, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """LensNet's logits [B, L] float32 of entries x [B, L, D]; their tanh is the score without routing."""
-        return self.lens(self._aux(x), lod, rotary, valid)  # type: ignore[no-any-return]
-
-    def scores(
-        self,
-        x: torch.Tensor,
-        lod: torch.Tensor,
-        rotary: Rotary,
-        route: torch.Tensor | None = None,
-        valid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Scores [B, L] in [-1, 1]: LensNet's, raised towards 1 by `route` [B, L] in [0, 1], the probability that
-        the entry covers what the query asks for."""
-        score = torch.tanh(self.lens_logits(x, lod, rotary, valid))
-        return score if route is None else route + (1 - route) * score
+    def scores(self, x: torch.Tensor, lod: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """LensNet's scores [B, L] float32 in [-1, 1] of entries x [B, L, D] with levels lod [B, L]."""
+        return torch.tanh(self.lens(self._aux(x), lod, rotary))
 
     def tagged(self, content: torch.Tensor, lod: torch.Tensor) -> torch.Tensor:
         """Gists [..., D] with the tag of their level (lod >= 1 [...]); levels above those of training share the last."""

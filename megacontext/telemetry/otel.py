@@ -17,10 +17,10 @@ import atexit
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ EVENTS = frozenset(
     ("mc_tree_snapshot", "working_context_snapshot", "focus_allocator", "mc_timing", "delta_nll", "mc_batch_stats", "inference_update")
 )  # fmt: skip
 CLOSE_SECONDS = 3.0  # for everything that still waits
+Item = TypeVar("Item")
 PARENT = "TRACEPARENT"  # W3C trace context: the span of another process that this process works for
 
 _current: ContextVar[Span | None] = ContextVar("mc_otel_span", default=None)
@@ -227,6 +228,24 @@ def active() -> Telemetry:
 def span(name: str, **values: Any) -> AbstractContextManager[Span]:
     """`Telemetry.span` of the telemetry that the process has open."""
     return active().span(name, **values)
+
+
+def traced(name: str, items: Generator[Item, None, None], **values: Any) -> Iterator[Item]:
+    """What a generator yields, made below a span that lasts from the first item asked for to the last; `items` counts them."""
+    span, made = active().start(name, **values), 0
+    try:
+        while True:
+            with span.here():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            made += 1
+            yield item
+    finally:
+        items.close()
+        span.set(items=made)
+        span.end()
 
 
 def carrier() -> dict[str, str]:

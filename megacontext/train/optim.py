@@ -17,6 +17,7 @@ from torch import nn
 
 from megacontext.config import TrainConfig
 from megacontext.errors import CheckpointError
+from megacontext.model.gpt import GPT
 from megacontext.train.muon import Muon
 
 VECTOR_LR = 0.01  # AdamW rate of a memory's vectors and small tables
@@ -79,17 +80,10 @@ def memory_groups(model: nn.Module, config: TrainConfig) -> list[ParamGroup]:
     return groups
 
 
-def build_optimizer(
-    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype | None = None, extra: Sequence[ParamGroup] = ()
-) -> Optimizer:
-    """The optimizer of a GPT and its memory, with further groups for the parameters of other modules it holds.
-
-    Newton–Schulz runs in `muon_dtype`; unless given that is the model's compute dtype: bfloat16 is only chosen where
-    the hardware has it, and a float32 run should be float32 throughout. Every parameter must be in exactly one group.
-    """
-    dtype = muon_dtype if muon_dtype is not None else getattr(model, "compute_dtype", torch.float32)
-    assert isinstance(dtype, torch.dtype)
-    return Optimizer(model, [*gpt_groups(model, config), *memory_groups(model, config), *extra], dtype)
+def build_optimizer(model: GPT, config: TrainConfig) -> Optimizer:
+    """The optimizer of a GPT and its memory. Newton–Schulz runs in the model's compute dtype: bfloat16 is only chosen where
+    the hardware has it, and a float32 run should be float32 throughout."""
+    return Optimizer(model, [*gpt_groups(model, config), *memory_groups(model, config)], model.compute_dtype)
 
 
 class Optimizer:

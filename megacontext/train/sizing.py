@@ -47,11 +47,17 @@ def floor_steps(train: TrainConfig) -> int:
 def describe(train: TrainConfig, pace: Pace, fitting: int, steps: int) -> str:
     """What was measured and what follows from it, as one line."""
     minutes = pace.seconds(train, steps) / (1 - RESERVE) / 60
-    text = f"a step takes {pace.step:.3g} s, a validation {pace.validation:.3g} s; {fitting} steps fit {train.max_minutes:g} minutes"
+    text = f"a step takes {pace.step:.3g} s, a validation {pace.validation:.3g} s; "
+    text += f"{_counted(fitting, 'step')} in {_counted(train.max_minutes, 'minute')}"
     if steps > fitting:
         text += (
-            f". That is {fitting * train.total_batch_size:,} tokens, and fewer than {train.min_tokens:,} (--min_tokens) do not "
-            f"make a useful model, so training takes {steps} steps: about {minutes:.{0 if minutes > 10 else 1}f} minutes. "
-            "With --min_tokens 0 it ends by the clock"
+            f". That makes {fitting * train.total_batch_size:,} tokens, and fewer than {train.min_tokens:,} (--min_tokens) do not "
+            f"make a useful model, so training takes {_counted(steps, 'step')}: about {minutes:.{0 if minutes > 10 else 1}f} "
+            "minutes. With --min_tokens 0 it ends by the clock"
         )
     return text
+
+
+def _counted(number: float, noun: str) -> str:
+    """`1 step`, `2 steps`, `1.5 minutes`."""
+    return f"{number if number % 1 else int(number):,} {noun}{'' if number == 1 else 's'}"
