@@ -2,9 +2,14 @@
 
     python jobs/chat_cli.py -p "Why is the sky blue?"
     python jobs/chat_cli.py --run mine
+    python jobs/chat_cli.py --run mine --session ada
 
-Without -p it is a conversation: `clear` starts anew, `quit` ends. What was said stays in the KV cache, so a turn costs
-what it adds. A base model has not learned to chat; it simply continues the text.
+Without -p it is a conversation: `clear` starts anew, `quit` ends, Ctrl-C cuts an answer short. A base model has not
+learned to chat; it simply continues the text.
+
+A model with a memory talks in a session: a conversation of any length, of which the model sees a budget of entries, and
+which is kept on disk, in <run>/sessions/<NAME>. The next start with the same name goes on where it ended. `clear` keeps
+the old conversation under another name.
 """
 
 from __future__ import annotations
@@ -16,57 +21,71 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import codecs
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import megacontext as mc
 from jobs.runtime import cli, environment
 from jobs.runtime.parser import Parser
-from jobs.runtime.user_paths import resolve_paths
+from jobs.runtime.user_paths import base_folder, resolve_paths
 from megacontext import storage
 from megacontext.checkpoint import latest_checkpoint, list_checkpoints
-from megacontext.errors import CheckpointError
+from megacontext.config import FocusConfig
+from megacontext.errors import CheckpointError, UserError
+from megacontext.inference.chat import Chat
 from megacontext.inference.engine import Engine
 from megacontext.inference.sampling import check_sampling
+from megacontext.inference.session import Session
+from megacontext.inference.session_folder import load_state
+from megacontext.inference.session_host import SessionHost
+from megacontext.inference.session_options import options_of_flags
+from megacontext.stages import BY_CHECKPOINT, NEWEST_FIRST
 from megacontext.train.worker import choose_device
 
-STAGES = ("rl", "sft", "mid", "base")  # most taught first
+DEFAULT, NONE = "default", "none"  # names of sessions: of a conversation without --session, and of none at all
+_TAUGHT = [stage for stage in BY_CHECKPOINT.values() if stage.after]  # the stages that follow base training
 
 
 class Conversation:
-    """Turns of one chat: ids so far, and the cache that holds their keys and values."""
+    """The chat that is going on, and how to begin another one. `begin` gives an empty engine or the session by its name."""
 
-    def __init__(self, engine: Engine, *, chat: bool, max_tokens: int, temperature: float, top_k: int | None) -> None:
-        self.engine, self.chat = engine, chat
-        self.max_tokens, self.temperature, self.top_k = max_tokens, temperature, top_k
-        self.clear()
+    def __init__(
+        self, begin: Callable[[], Engine | Session], folder: Path | None, args: argparse.Namespace, chat: bool
+    ) -> None:
+        self._begin, self._folder, self._args, self._template = begin, folder, args, chat
+        self._open()
+
+    def _open(self) -> None:
+        self.over = self._begin()
+        args = self._args
+        self.chat = Chat(
+            self.over, template=self._template, max_tokens=args.max_tokens, temperature=args.temperature,
+            top_k=args.top_k or None, seed=args.seed, stop=args.stop,
+        )  # fmt: skip
+        if isinstance(self.over, Session):
+            where = f"kept in {self._folder}" if self._folder else "kept until the end of this program"
+            say(f"session of {self.over.tokens:,} tokens, {where}")
 
     def clear(self) -> None:
-        """Forget everything said."""
-        self.ids = [self.engine.tokenizer.bos_id]
-        self.cache = self.engine.new_cache()
+        """Start anew. A session on disk is kept under the next free name NAME.1, NAME.2, …"""
+        self.close()
+        if self._folder is not None:
+            number = next(
+                n for n in range(1, 1 << 30) if not self._folder.with_name(f"{self._folder.name}.{n}").exists()
+            )
+            kept = self._folder.rename(self._folder.with_name(f"{self._folder.name}.{number}"))
+            say(f"the conversation so far is kept: --session {kept.name} goes on with it")
+        self._open()
 
-    def reply(self, text: str, seed: int) -> Generator[str, None, None]:
-        """Take a user's text and stream the answer; every id of both stays part of the conversation."""
-        tokenizer = self.engine.tokenizer
-        if self.chat:
-            frame = [tokenizer.special(f"<|{name}|>") for name in ("user_start", "user_end", "assistant_start")]
-            self.ids += [frame[0], *tokenizer.encode(text), *frame[1:]]
-        else:
-            self.ids += tokenizer.encode(text)
-        columns = self.engine.generate(
-            self.ids, 1, self.max_tokens, self.temperature, self.top_k, seed, cache=self.cache
-        )
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
-        try:
-            for (token,), _ in columns:
-                if token not in self.engine.stop_ids:
-                    self.ids.append(token)
-                    yield decoder.decode(tokenizer.decode_bytes([token]))
-            yield decoder.decode(b"", final=True)
-        finally:  # also when max_tokens ran out or the user interrupts
-            if self.chat:
-                self.ids.append(tokenizer.special("<|assistant_end|>"))
+    def close(self) -> None:
+        """Store what is not stored yet."""
+        if isinstance(self.over, Session):
+            self.over.close()
+
+
+def say(line: str) -> None:
+    """Print a line about the conversation; stdout holds the answers alone."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def locate(path: str) -> tuple[str, bool]:
@@ -75,47 +94,63 @@ def locate(path: str) -> tuple[str, bool]:
     Of a run folder it is the newest checkpoint of the most taught stage; other paths are loaded as they are given.
     """
     for folder in (storage.join(path, "checkpoints"), path):
-        for stage in STAGES:
+        for stage in NEWEST_FIRST:
             newest = latest_checkpoint(folder, stage)
             if newest is not None:
-                return newest, stage != "base"
+                return newest, bool(BY_CHECKPOINT[stage].after)
     # A checkpoint of ours, a model folder of nanochat's (x_checkpoints/tag), or the directory that holds those.
     names = {*path.rstrip("/").split("/")[-2:], *storage.list_dir(path)}
-    taught = any(name.startswith(("megacontext_mid_", "megacontext_sft_", "megacontext_rl_")) for name in names)
-    return path, taught or bool(names & {"mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints"})
+    ours = tuple(f"megacontext_{stage.checkpoint}_" for stage in _TAUGHT)
+    return path, any(
+        name.startswith(ours) or name in {f"{stage.nanochat}_checkpoints" for stage in _TAUGHT} for name in names
+    )
+
+
+def sessions_folder(path: str, base_dir: str) -> str:
+    """Where the sessions of a model are: in the folder of its run; below the base folder for a run in an object store."""
+    parts = path.rstrip("/").split("/")
+    if parts[-1].startswith("megacontext_"):
+        parts.pop()
+    run = "/".join(parts[:-1] if parts[-1] == "checkpoints" else parts)
+    if not storage.is_local(run):
+        run = storage.join(base_dir, "runs", run.rsplit("/", 1)[-1])
+    return storage.join(run, "sessions")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Unknown flags end the program with status 2."""
     parser = Parser(__doc__)
-    parser.add_argument("-p", "--prompt", default="", help="answer this and exit [default: converse]")
-    parser.add_argument(
-        "--checkpoint", default="", help="checkpoint or nanochat base directory [default: newest of --run]"
+    add = parser.add_argument
+    add("-p", "--prompt", default="", help="answer this and exit [default: converse]")
+    add(
+        "--session", default="", metavar="NAME",
+        help=f"name of the session that the conversation goes on with; {NONE!r} keeps nothing on disk [default: {DEFAULT!r} for a "
+        f"model with a memory, {NONE!r} with -p and for a model without one]",
+    )  # fmt: skip
+    add("--checkpoint", default="", help="checkpoint or nanochat base directory [default: newest of --run]")
+    add("--run", default="speedrun", help="run whose newest checkpoint is used [default 'speedrun']")
+    add("--base_dir", default="", help="base folder of runs [default: NANOCHAT_BASE_DIR or ~/.cache/nanochat]")
+    add("--storage", default="", help="folder or URI that holds runs [default: <base_dir>/runs]")
+    add("--temperature", type=float, default=0.6, help="0 is greedy, higher is more varied [default 0.6]")
+    add("--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0 is all [default 50]")
+    add("--max_tokens", type=int, default=256, help="most tokens of an answer [default 256]")
+    add(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that end an answer and are not shown [default: none]",
     )
-    parser.add_argument("--run", default="speedrun", help="run whose newest checkpoint is used [default 'speedrun']")
-    parser.add_argument(
-        "--base_dir", default="", help="base folder of runs [default: NANOCHAT_BASE_DIR or ~/.cache/nanochat]"
-    )
-    parser.add_argument("--storage", default="", help="folder or URI that holds runs [default: <base_dir>/runs]")
-    parser.add_argument(
-        "--temperature", type=float, default=0.6, help="0 is greedy, higher is more varied [default 0.6]"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0 is all [default 50]"
-    )
-    parser.add_argument("--max_tokens", type=int, default=256, help="most tokens of an answer [default 256]")
-    parser.add_argument("--seed", type=int, default=42, help="seed of sampling [default 42]")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]"
-    )
+    add("--seed", type=int, default=42, help="seed of sampling [default 42]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]")
+    cli.add_section(parser, FocusConfig, note="default: the checkpoint's, or that of the stored session")
     return parser.parse_args(argv)
 
 
 def start(args: argparse.Namespace) -> Conversation:
-    """Load the model and say what it is."""
-    top_k = args.top_k or None
-    check_sampling(args.temperature, top_k)
+    """Load the model, say what it is, and open the conversation."""
+    check_sampling(args.temperature, args.top_k or None)
     path = args.checkpoint
     if not path:
         given = {name: getattr(args, name) for name in ("run", "base_dir", "storage") if getattr(args, name)}
@@ -126,15 +161,41 @@ def start(args: argparse.Namespace) -> Conversation:
     device = choose_device(args.device)
     model, tokenizer = mc.load(path, dtype=args.dtype, device=str(device))
     model.prepare_inference()
-    print(f"{path} on {device}" + ("" if chat else ": a base model, it continues text"), file=sys.stderr, flush=True)
-    return Conversation(
-        Engine(model, tokenizer), chat=chat, max_tokens=args.max_tokens, temperature=args.temperature, top_k=top_k
+    say(f"{path} on {device}" + ("" if chat else ": a base model, it continues text"))
+    flags = {item.name: vars(args)[item.name] for item in fields(FocusConfig) if item.name in vars(args)}
+    if model.memory is None and args.session in ("", NONE):
+        if flags:
+            raise UserError(
+                f"--{next(iter(flags))} says what a session shows a model, and this model has no memory. Leave it out, or "
+                "give --session NAME: a session without a trained memory shows means of embeddings."
+            )
+        return Conversation(lambda: Engine(model, tokenizer), None, args, chat)
+    name = args.session or (NONE if args.prompt else DEFAULT)
+    if "/" in name or name.startswith("."):
+        raise UserError(
+            f"--session is {name!r}; it must be the name of a folder, without '/' and not beginning with '.'."
+        )
+    folder = (
+        None
+        if name == NONE
+        else storage.local_folder(storage.join(sessions_folder(path, base_folder(args.base_dir)), name))
     )
+    host, options = SessionHost(model, tokenizer), options_of_flags(flags)
+    return Conversation(lambda: open_session(host, folder, options), folder, args, chat)
 
 
-def answer(conversation: Conversation, text: str, seed: int) -> None:
+def open_session(host: SessionHost, folder: Path | None, options: dict[str, object]) -> Session:
+    """The session in a folder, or a new one. One of another model, trained further since, goes on with gists made anew."""
+    stored = None if folder is None else load_state(folder, tolerant=False)
+    other = stored is not None and stored.model_digest != host.digest
+    if other:
+        say("the session was held with another model: its tokens stay, its gists are made anew")
+    return Session(host.model, host.tokenizer, path=folder, host=host, replace_gists=other, **options)
+
+
+def answer(conversation: Conversation, text: str) -> None:
     """Print a reply as it is made; Ctrl-C cuts it short and keeps the conversation."""
-    reply = conversation.reply(text, seed)
+    reply = conversation.chat.reply(text)
     try:
         for piece in reply:
             print(piece, end="", flush=True)
@@ -143,10 +204,9 @@ def answer(conversation: Conversation, text: str, seed: int) -> None:
     print(flush=True)
 
 
-def converse(conversation: Conversation, seed: int) -> None:
+def converse(conversation: Conversation) -> None:
     """Read a line, answer it, until `quit`, `exit` or the end of input."""
     print("Type clear to start anew, quit to leave.", flush=True)
-    turn = 0
     while True:
         try:
             text = input("\nYou: ").strip()
@@ -159,8 +219,7 @@ def converse(conversation: Conversation, seed: int) -> None:
             conversation.clear()
         elif text:
             print("Model: ", end="", flush=True)
-            answer(conversation, text, seed + turn)
-            turn += 1
+            answer(conversation, text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,10 +229,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     def work() -> None:
         resolve_paths(args, "checkpoint", "storage")
         conversation = start(args)
-        if args.prompt:
-            answer(conversation, args.prompt, args.seed)
-        else:
-            converse(conversation, args.seed)
+        try:
+            if args.prompt:
+                answer(conversation, args.prompt)
+            else:
+                converse(conversation)
+        finally:
+            conversation.close()
 
     cli.finish(work)
 

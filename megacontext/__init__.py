@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megacontext.api import load, save_nanochat
     from megacontext.inference.session import Session
+    from megacontext.inference.session_host import SessionHost
 
-__all__ = ["Session", "load", "save_nanochat"]
+__all__ = ["Session", "SessionHost", "load", "save_nanochat"]
 
-_HOME = {"Session": "inference.session", "load": "api", "save_nanochat": "api"}
+_HOME = {
+    "Session": "inference.session", "SessionHost": "inference.session_host", "load": "api", "save_nanochat": "api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

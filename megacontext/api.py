@@ -17,10 +17,10 @@ from megacontext.errors import CheckpointError, UserError
 from megacontext.memory_config import overridden
 from megacontext.model.gpt import GPT
 from megacontext.model.nanochat import find_checkpoint, load_nanochat, load_weights, read_config, save_nanochat_model
+from megacontext.stages import BY_CHECKPOINT, NEWEST_FIRST
 from megacontext.telemetry import otel
 
 _Section = TypeVar("_Section", GPTConfig, MemoryConfig)
-STAGES = ("rl", "sft", "mid", "base")  # later stages first
 
 
 def load(
@@ -53,7 +53,7 @@ def load(
     is unknown or not there.
     """
     path = arguments.path("path", path)
-    stage = None if stage is None else arguments.choice("stage", stage, reversed(STAGES))
+    stage = None if stage is None else arguments.choice("stage", stage, BY_CHECKPOINT)
     tag = None if tag is None else arguments.text("tag", tag)
     step = None if step is None else arguments.whole_number("step", step, 0)
     trainable, where = arguments.truth("trainable", trainable), precision.device_of(device)
@@ -72,7 +72,7 @@ def load(
         load_weights(model, loaded.model, own)
         tokenizer_dir = storage.join(own, "tokenizer")
     else:
-        kind = {"sft": "chatsft", "rl": "chatrl"}.get(stage, stage) if stage else None
+        kind = BY_CHECKPOINT[stage].nanochat if stage else None
         folder, found_step = _nanochat_checkpoint(path, kind, tag, step)
         with otel.span("checkpoint_load", path=folder):
             model, _ = load_nanochat(folder, found_step)
@@ -135,12 +135,12 @@ def save_nanochat(
     Raises UserError for these, and for a tokenizer of another vocabulary; nothing is written then.
     """
     arguments.same_vocabulary(model, tokenizer)
-    directory, stage = arguments.path("directory", directory), arguments.choice("stage", stage, reversed(STAGES))
+    directory, stage = arguments.path("directory", directory), arguments.choice("stage", stage, BY_CHECKPOINT)
     step = arguments.whole_number("step", step, 0)
     if tag is not None and (not arguments.text("tag", tag) or "/" in tag):
         raise UserError(f"tag is {tag!r}; it must be the name of a folder, such as d12.")
     drop_memory = arguments.truth("drop_memory", drop_memory)
-    kind = {"sft": "chatsft", "rl": "chatrl"}.get(stage, stage)
+    kind = BY_CHECKPOINT[stage].nanochat
     folder = save_nanochat_model(model, directory, kind=kind, tag=tag, step=step, drop_memory=drop_memory)
     tokenizer.save(storage.join(directory, "tokenizer"))
     return folder
@@ -159,7 +159,7 @@ def _own_checkpoint(path: str, stage: str | None, step: int | None, tag: str | N
     if any(storage.exists(storage.join(path, name)) for name in (MANIFEST, "meta.json", "model.pt")):
         return path
     for directory in (storage.join(path, "checkpoints"), path):
-        for name in (stage,) if stage else STAGES:
+        for name in (stage,) if stage else NEWEST_FIRST:
             candidates = list_checkpoints(directory, name)
             if step is not None:
                 candidates = [found for found in candidates if found.endswith(f"_{step:06d}")]
@@ -174,7 +174,7 @@ def _own_checkpoint(path: str, stage: str | None, step: int | None, tag: str | N
         name.rsplit("/", 1)[-1] for part in ("checkpoints", "") for name in list_checkpoints(storage.join(path, part))
     ]
     if held:
-        wanted = f"stage {stage or ' or '.join(STAGES)}" + (f" and step {step}" if step is not None else "")
+        wanted = f"stage {stage or ' or '.join(NEWEST_FIRST)}" + (f" and step {step}" if step is not None else "")
         raise CheckpointError(f"{path!r} has no checkpoint of {wanted}; there are: {', '.join(held)}.")
     return None
 

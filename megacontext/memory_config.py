@@ -21,7 +21,9 @@ class FocusConfig(Section, stages=TRAINING + MEMORY_EVALUATION):
     """What fills the working context. A checkpoint holds its defaults; every use of the model may override them."""
 
     mc_eval_soft_max_length: int = _focus(
-        0, "budget of the working context at evaluation and inference, in entries; 0 is the model's sequence length"
+        0,
+        "budget of the working context at evaluation and inference, in entries; 0 is the model's sequence length",
+        first=True,
     )
     allocator_recent_tokens: int = flag(
         128, "newest tokens that stay raw; at inference an eighth of the budget at most", low=1
@@ -31,9 +33,7 @@ class FocusConfig(Section, stages=TRAINING + MEMORY_EVALUATION):
         "how a refocus picks edits: the best first, or drawn from the best",
         ("greedy", "stochastic_greedy"),
     )
-    allocator_expand_threshold: float = _focus(
-        0.1, "score in [-1, 1] above which an entry may be expanded", high=1, first=True
-    )
+    allocator_expand_threshold: float = _focus(0.1, "score in [-1, 1] above which an entry may be expanded", high=1)
     allocator_collapse_threshold: float = _focus(
         0.1,
         "collapse margin: a sibling group is collapsed for an entry only if entry score - group mean > expand_threshold + "

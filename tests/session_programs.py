@@ -40,7 +40,7 @@ def make_model(memory: bool, *, token_shift: bool = False, seq: int = 64, seed: 
     model = GPT(GPTConfig(sequence_len=seq, vocab_size=VOCAB, token_shift=token_shift, **shape))
     if memory:
         given = {"block_size": BLOCK, "routing_slots": 2, "routing_width": 16, **settings}
-        model.attach_memory(MemoryConfig(mc=1, **{"mc_recall_share": 0.25, **given}))
+        model.attach_memory(MemoryConfig(mc=1, **given), router_trained=True)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     for name, parameter in model.named_parameters():

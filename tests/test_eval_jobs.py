@@ -3,7 +3,6 @@
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ import megacontext as mc
 from jobs import base_eval, chat_cli, prepare_data
 from jobs.runtime import cli
 from megacontext.config import DataConfig, EvalConfig, RunConfig
-from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import CheckpointError, DataError, UserError
-from megacontext.inference.engine import Engine, naive_generate
+from megacontext.inference.engine import naive_generate
 from megacontext.telemetry.tracker import Tracker
 from megacontext.train import loop
 from megacontext.train.worker import LocalWorker
@@ -95,46 +93,6 @@ def test_a_conversation_at_the_terminal(
     answers = capsys.readouterr().out.split("Model: ")[1:]
     assert len(answers) == 3
     assert answers[0].split("\n")[0] == answers[2].split("\n")[0]
-
-
-def special(tokenizer: Tokenizer, name: str) -> int:
-    return tokenizer.special(f"<|{name}|>")
-
-
-@pytest.mark.parametrize("stops", [True, False])
-def test_turns_are_rendered_as_in_training(folder: Path, stops: bool) -> None:
-    """After any number of turns, the ids are those of the same conversation rendered at once."""
-    model, tokenizer = mc.load(str(folder / "run"))
-    conversation = chat_cli.Conversation(Engine(model, tokenizer), chat=True, max_tokens=5, temperature=1.0, top_k=None)
-    if stops:
-        conversation.engine.stop_ids = frozenset(range(0, 300, 3)) - set(tokenizer.encode("abcdefgh"))
-    messages: list[dict[str, Any]] = []
-    expected = [tokenizer.bos_id]
-    for turn, text in enumerate(("the quick", "brown <|bos|> fox")):
-        said = "".join(conversation.reply(text, seed=turn))
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        expected += [special(tokenizer, "user_start"), *tokenizer.encode(text), special(tokenizer, "user_end")]
-        expected += [special(tokenizer, "assistant_start")]
-        assert conversation.ids[: len(expected)] == expected
-        answer = conversation.ids[len(expected) : -1]
-        assert tokenizer.decode(answer) == said
-        assert len(answer) <= 5
-        expected = list(conversation.ids)
-    assert conversation.ids[-1] == special(tokenizer, "assistant_end")
-    assert conversation.cache.ids == conversation.ids[: len(conversation.cache.ids)]
-    assert len(conversation.cache.ids) == conversation.cache.kv.length > 20
-
-
-def test_an_interrupted_answer_leaves_a_sound_conversation(folder: Path) -> None:
-    model, tokenizer = mc.load(str(folder / "run"))
-    conversation = chat_cli.Conversation(Engine(model, tokenizer), chat=True, max_tokens=9, temperature=0.0, top_k=None)
-    reply = conversation.reply("the quick", 0)
-    next(reply)
-    next(reply)
-    reply.close()
-    assert conversation.ids[-1] == special(tokenizer, "assistant_end")
-    list(conversation.reply("brown", 0))
-    assert conversation.cache.ids == conversation.ids[: conversation.cache.kv.length]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def make(memory: bool = True, token_shift: bool = False) -> GPT:
     )
     model = GPT(shape)
     if memory:
-        model.attach_memory(MemoryConfig(block_size=BLOCK, routing_width=64, routing_slots=8, mc_recall_share=0.25))
+        model.attach_memory(MemoryConfig(block_size=BLOCK, routing_width=64, routing_slots=8), router_trained=True)
     model.init_weights(torch.Generator().manual_seed(0))
     if model.memory is not None:
         assert model.memory.router is not None

@@ -23,16 +23,14 @@ from megacontext.model.norm import rms_norm
 from megacontext.model.rotary_entries import entry_rotary
 
 R, VOCAB, WIDTH = 4, 60, 32
-MEMORY = MemoryConfig(
-    mc=1, block_size=R, routing_slots=2, routing_width=16, positional_type="slot", mc_recall_share=0.25
-)
+MEMORY = MemoryConfig(mc=1, block_size=R, routing_slots=2, routing_width=16, positional_type="slot")
 
 
-def make(memory: MemoryConfig | None = MEMORY, token_shift: bool = True, seed: int = 0) -> GPT:
+def make(memory: MemoryConfig | None = MEMORY, token_shift: bool = True, seed: int = 0, trained: bool = True) -> GPT:
     shape = GPTConfig(sequence_len=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=1, n_embd=WIDTH)
     model = GPT(replace(shape, token_shift=token_shift))
     if memory is not None:
-        model.attach_memory(memory)
+        model.attach_memory(memory, router_trained=trained)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     with torch.no_grad():  # as after training: nothing is zero
@@ -237,8 +235,7 @@ def test_what_a_model_cannot_do_is_refused() -> None:
     assert offered(MODEL) == tuple(METHODS)
     assert offered(VANILLA) == ("window", "sinks", "mean_age", "random", "bm25", "oracle", "full")
     assert "full" not in offered(MODEL, 16385)
-    for untrained in ({"routing_slots": 0}, {"mc_recall_share": 0.0}):  # no task has taught the router anything
-        model = make(replace(MEMORY, **untrained))
+    for model in (make(replace(MEMORY, routing_slots=0)), make(trained=False)):
         assert set(METHODS) - set(offered(model)) == {"flat"}
         prompt = prompt_of(model, 200, 2)
         assert LensScorer(model, prompt.tree("learned"), 6).found is None

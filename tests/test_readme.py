@@ -35,6 +35,7 @@ LARGE = {
 # command of the README -> the test that runs it as it is written
 ELSEWHERE = {
     f'{PYTHON} jobs/chat_cli.py --run mine -p "Why is the sky blue?"': "test_speedrun.py",
+    f"{PYTHON} jobs/chat_cli.py --run memory --session ada": "test_speedrun.py",
     ".venv/bin/ray job submit --working-dir . -- python jobs/speedrun.py": "test_submit.py",
 }
 # command of the README -> what it shows

@@ -198,7 +198,7 @@ def test_matches_that_are_no_numbers_are_not_found(what: float) -> None:
 def random_memory(seed: int) -> Any:
     """A model whose memory is as it was initialized: its bounds tell little apart."""
     model = make_model(False, token_shift=True)
-    model.attach_memory(MemoryConfig(mc=1, block_size=4, mc_recall_share=0.25))
+    model.attach_memory(MemoryConfig(mc=1, block_size=4), router_trained=True)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
 

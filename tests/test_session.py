@@ -28,13 +28,13 @@ from session_programs import (
 import megacontext as mc
 from megacontext.context.allocator import FocusAllocator
 from megacontext.context.focus_report import FocusReport
-from megacontext.context.gist_function import MeanGist
 from megacontext.context.invariants import check_working_context
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext, smallest_budget
 from megacontext.inference.engine import Engine, naive_generate
+from megacontext.inference.entry_cache import NextInput
 from megacontext.inference.focus import LensScorer
-from megacontext.inference.session_folder import session_gist
+from megacontext.inference.session_host import EmbeddingMeans, SessionHost
 from megacontext.inference.session_options import SessionOptions
 from megacontext.model.gpt import GPT
 
@@ -103,7 +103,7 @@ class Slow:
         return self.tree(ids), context, end
 
     def tree(self, ids: list[int]) -> Tree:
-        tree = Tree(session_gist(self.model, self.options.block_size))
+        tree = Tree(SessionHost(self.model, make_tokenizer()).gist(self.options.block_size))
         tree.append(ids)
         return tree
 
@@ -207,11 +207,10 @@ def test_laws_hold_and_the_cache_equals_a_full_recompute(
     session = open_session(model, budget=budget, recent_tokens=tail, refocus_interval=interval)
     cached = session._cache.logits
 
-    def checked(context: WorkingContext, end: int) -> torch.Tensor:
-        before = session._cache.recomputed
-        logits = cached(context, end)
-        assert torch.allclose(logits, full_logits(model, session.tree, context, end), atol=2e-4)
-        assert session._cache.recomputed - before <= budget
+    def checked(step: NextInput) -> torch.Tensor:
+        logits = cached(step)
+        assert torch.allclose(logits, full_logits(model, session.tree, step.context, step.end), atol=2e-4)
+        assert 1 <= step.entries <= budget
         return logits
 
     session._cache.logits = checked  # type: ignore[method-assign]
@@ -262,8 +261,8 @@ def test_cost_per_token_does_not_grow_with_the_history() -> None:
 
 def test_a_million_tokens_are_appended_in_batches_and_never_shown_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    leaf = MeanGist.leaf
-    monkeypatch.setattr(MeanGist, "leaf", lambda self, ids: sizes.append(ids.numel()) or leaf(self, ids))  # type: ignore[func-returns-value]
+    leaf = EmbeddingMeans.leaf
+    monkeypatch.setattr(EmbeddingMeans, "leaf", lambda self, ids: sizes.append(ids.numel()) or leaf(self, ids))  # type: ignore[func-returns-value]
     model = make_model(False)
     seen: list[int] = []
     trunk = model.trunk
@@ -289,7 +288,7 @@ def test_an_answer_in_a_folded_history_can_be_expanded_at_once(monkeypatch: pyte
         block = context.starts // 32 == target // 32
         return np.where(block | (np.arange(len(context)) == context.at_token(target)), 1.0, -0.5)
 
-    monkeypatch.setattr("megacontext.inference.session.score_function", lambda *_: (wants_target, None))
+    monkeypatch.setattr("megacontext.inference.session_focus.score_function", lambda *_: (wants_target, None))
     report = session.refocus()
     assert (0, target) in session.entries
     assert report.expands >= 3

@@ -99,6 +99,14 @@ def test_the_pipeline_with_a_memory(finished: Path) -> None:
         session.append("a long story " * 300)
         assert len(list(session.generate(max_tokens=4, stop=()))) == 4
         assert len(session.entries) <= 128 < session.tokens
+    command = ".venv/bin/python jobs/chat_cli.py --run memory --session ada"  # as the README writes it
+    root = plain_shell.checkout(finished / "chat")
+    for _ in range(2):
+        said = plain_shell.run(f"{command} <<<'Why is the sky blue?'", root, NANOCHAT_BASE_DIR=str(finished))
+        assert said.returncode == 0, said.stderr[-3000:]
+        assert "Model: " in said.stdout
+    with mc.Session(model, tokenizer, path=run_dir / "sessions" / "ada", read_only=True) as ada:
+        assert tokenizer.decode(ada.tree.ids(0, ada.tokens).tolist()).count("Why is the sky blue?") == 2
     asked = run(
         [sys.executable, "jobs/recall_eval.py", "--checkpoint", str(run_dir), "--budget", "128", "--history", "1024",
          "--items", "2", "--json", str(finished / "recall.json")], finished,

@@ -28,8 +28,8 @@ def make_model(positional_type: str = "slot", vocab_size: int = VOCAB) -> GPT:
             routing_slots=2,
             routing_width=8,
             positional_type=positional_type,
-            mc_recall_share=0.25,
-        )
+        ),
+        router_trained=True,
     )
     generator = torch.Generator().manual_seed(1)
     model.init_weights(generator)
@@ -54,7 +54,8 @@ def save_run(folder: Path, memory: bool = True) -> Path:
     if not memory:
         model.memory = None
     writer = CheckpointWriter(str(folder / "run" / "checkpoints"), "base", str(folder / "tokenizer"), 1)
-    writer.save(1, model.state_dict(), {}, {"model_config": asdict(model.config), "memory_config": memory_config})
+    meta = {"model_config": asdict(model.config), "memory_config": memory_config, "router_trained": True}
+    writer.save(1, model.state_dict(), {}, meta)
     writer.close()
     words = np.random.default_rng(0).choice(["the", "quick", "brown", "fox", "jumps", "over"], 3000)
     (folder / "book.txt").write_text(" ".join(words))

@@ -82,22 +82,7 @@ def parse(
     finish(environment.load)  # .mc_env may name the base folder, which is a default below
     parser = Parser(description)
     for section in sections:
-        group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
-        some = any(item.metadata["first"] for item in fields(section))
-        for item in own_fields(section):
-            switch = {"nargs": "?", "const": 1} if is_switch(item) else {}
-            action = group.add_argument(
-                f"--{item.name}",
-                *aliases.get(item.name, ()),
-                **switch,
-                type=type(item.default),
-                default=argparse.SUPPRESS,
-                choices=item.metadata["choices"] or None,
-                metavar=None if item.metadata["choices"] else type(item.default).__name__.upper(),
-                help=f"{item.metadata['help']} [{tier_note(item.name, item.default)}]".replace("%", "%%"),
-            )
-            if some and not item.metadata["first"]:
-                parser.hide(action)
+        add_section(parser, section, aliases)
     if DataConfig in sections and MemoryConfig not in sections:
         parser.add_argument(
             "--mc", nargs="?", const=1, type=int, default=argparse.SUPPRESS, metavar="INT",
@@ -116,6 +101,31 @@ def parse(
 
     args: Args = finish(resolved)
     return args
+
+
+def add_section(
+    parser: Parser, section: type[Any], aliases: Mapping[str, Sequence[str]] = MappingProxyType({}), note: str = ""
+) -> None:
+    """Add the flags of a section to a parser; those that are not given are absent from what it parses.
+
+    note: what help says of every default, in place of the section's own.
+    """
+    group = parser.add_argument_group(section.__name__, (section.__doc__ or "").split("\n")[0])
+    some = any(item.metadata["first"] for item in fields(section))
+    for item in own_fields(section):
+        switch = {"nargs": "?", "const": 1} if is_switch(item) else {}
+        action = group.add_argument(
+            f"--{item.name}",
+            *aliases.get(item.name, ()),
+            **switch,
+            type=type(item.default),
+            default=argparse.SUPPRESS,
+            choices=item.metadata["choices"] or None,
+            metavar=None if item.metadata["choices"] else type(item.default).__name__.upper(),
+            help=f"{item.metadata['help']} [{note or tier_note(item.name, item.default)}]".replace("%", "%%"),
+        )
+        if some and not item.metadata["first"]:
+            parser.hide(action)
 
 
 def tier_note(name: str, default: Any) -> str:

@@ -128,7 +128,8 @@ class MemoryStore:
             self._counts.append(0)
         held, stop = self._levels[level - 1], self._counts[level - 1] + len(records)
         if stop > len(held):
-            grown = torch.empty(max(stop, 2 * len(held), 16), self.spec.record_width, dtype=self.spec.torch_dtype)
+            with torch.inference_mode(False):  # records are added in other modes than the one of this call
+                grown = torch.empty(max(stop, 2 * len(held), 16), self.spec.record_width, dtype=self.spec.torch_dtype)
             grown[: self._counts[level - 1]] = held[: self._counts[level - 1]]
             self._levels[level - 1] = held = grown
         held[self._counts[level - 1] : stop] = records

@@ -10,23 +10,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megacontext.config import MemoryConfig
-from megacontext.context.allocator import FocusAllocator
 from megacontext.context.edits import apply, expand_node
-from megacontext.context.gist_function import GistFunction, MeanGist
+from megacontext.context.gist_function import GistFunction
 from megacontext.context.store_branch import BranchStore
 from megacontext.context.tree import Tree
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import UserError
 from megacontext.eval.bm25 import best_blocks, bm25_scores
-from megacontext.inference.focus import score_function
 from megacontext.inference.search import scan
+from megacontext.inference.session_focus import SessionFocus
+from megacontext.inference.session_host import EmbeddingMeans
 from megacontext.inference.session_options import resolve_options
 from megacontext.model.flops import lens_flops, routing_key_flops
 from megacontext.model.gpt import GPT
@@ -41,23 +40,18 @@ _LEARNED, _MEAN = "learned", "mean"
 _BUILD_TOKENS = 1 << 14  # tokens of one call of the gist function: bounds memory at any length of history
 
 
-class NormedMean:
+class NormedMean(EmbeddingMeans):
     """A gist function that learned nothing: means of normed token embeddings, normed again at every level."""
 
-    leaf_context_blocks = 1
-
-    def __init__(self, model: GPT, block_size: int) -> None:
-        table = rms_norm(cast(torch.nn.Embedding, model.transformer["wte"]).weight.detach().float())
-        self._mean = MeanGist(table, block_size, model.config.n_embd)
-        self.block_size, self.record_width, self.digest = block_size, model.config.n_embd, "normed mean"
+    digest = "normed mean"
 
     def leaf(self, ids: torch.Tensor) -> torch.Tensor:
         """[n, m, r] int64 -> [n, m, D]."""
-        return rms_norm(self._mean.leaf(ids))
+        return rms_norm(super().leaf(ids))
 
     def inner(self, records: torch.Tensor, level: int) -> torch.Tensor:
         """[n, r, D] -> [n, D]."""
-        return rms_norm(self._mean.inner(records, level))
+        return rms_norm(super().inner(records, level))
 
 
 class History:
@@ -275,26 +269,17 @@ def _flat(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _
 
 
 def _ours(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _Choice:
-    """What a session does when a question arrives: it takes the text in, and refocuses."""
-    tree, model = prompt.tree(_LEARNED), prompt.model
-    memory = model.memory
+    """What a session does when a question arrives, done by the session's own focus: it takes the text in, and refocuses."""
+    model, memory = prompt.model, prompt.model.memory
     assert memory is not None
-    options = resolve_options(model, {"budget": budget, "recent_tokens": tail})
-    allocator, seen = FocusAllocator(options), []
-    context = allocator.extend(WorkingContext.all_raw(0, prompt.block_size), prompt.tokens)
-    headroom = options.headroom(prompt.tokens) if prompt.headroom is None else prompt.headroom
-    score, scorer = score_function(model, tree, context, options, headroom)
-
-    def counted(one: WorkingContext) -> npt.NDArray[np.float64]:
-        seen.append(len(one))
-        return np.asarray(score(one))
-
-    context, _ = allocator.refocus(context, counted, headroom)
-    spent = 0.0 if scorer is None else sum(lens_flops(model.config, memory.config, entries) for entries in seen)
+    focus = SessionFocus.new(resolve_options(model, {"budget": budget, "recent_tokens": tail}))
+    focus.follow(prompt.tokens)
+    _, scorer = focus.refocus(model, prompt.tree(_LEARNED), prompt.headroom)
+    spent = 0.0 if scorer is None else sum(lens_flops(model.config, memory.config, n) for n in scorer.scored)
     if scorer is not None and scorer.found is not None:
         spent += routing_key_flops(model.config, memory.config, QUERY_TOKENS)
         spent += scorer.found.visits * prompt.block_size * _match_flops(memory.config)
-    return _Choice(context, _LEARNED, spent)
+    return _Choice(focus.context, _LEARNED, spent)
 
 
 def _oracle(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _Choice:

@@ -16,7 +16,7 @@ import torch
 from megacontext import arguments
 from megacontext.errors import UserError
 from megacontext.inference.sampling import check_sampling, check_seed, row_generators, sample
-from megacontext.inference.tools import calculate
+from megacontext.inference.tool_turn import Calculator, ToolTurn, stop_ids
 from megacontext.model.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -59,29 +59,20 @@ class PromptCache:
         return same
 
 
-class Row:
-    """What one row says next: the sampled id, or what a tool has put in the way."""
+class _Row:
+    """What one row says next: the id sampled for it, or the next id that its tool turn forces."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.forced: deque[int] = deque()
-        self.expression: list[int] | None = None  # ids since <|python_start|>
+    def __init__(self, tool: Calculator, stop_ids: frozenset[int]) -> None:
+        self._tool, self._stop_ids = ToolTurn(tool), stop_ids
+        self._forced: deque[int] = deque()
         self.stopped = False
 
     def advance(self, sampled: int) -> tuple[int, int]:
         """Take the id sampled for this row; returns (the id that the row says, 1 if a tool forced it else 0)."""
-        engine = self.engine
-        is_forced = bool(self.forced)
-        token = self.forced.popleft() if is_forced else sampled
-        if token in engine.stop_ids:
-            self.stopped = True
-        elif token == engine.python_start:
-            self.expression = []
-        elif token == engine.python_end and self.expression is not None:
-            self.forced.extend(engine.tool_output(self.expression))
-            self.expression = None
-        elif self.expression is not None:
-            self.expression.append(token)
+        is_forced = bool(self._forced)
+        token = self._forced.popleft() if is_forced else sampled
+        self.stopped = token in self._stop_ids
+        self._forced.extend(self._tool.take(token))
         return token, int(is_forced)
 
 
@@ -114,14 +105,7 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         arguments.same_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.stop_ids = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos_id))
-        self.python_start, self.python_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
-        self.output_start, self.output_end = tokenizer.special("<|output_start|>"), tokenizer.special("<|output_end|>")
-
-    def tool_output(self, expression: list[int]) -> list[int]:
-        """Ids to force after an expression; none if it has no result."""
-        result = calculate(self.tokenizer.decode(expression)) if expression else None
-        return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
+        self.stop_ids, self.tool = stop_ids(tokenizer), Calculator(tokenizer)
 
     def new_cache(self, capacity: int = 256) -> PromptCache:
         """An empty cache for one conversation with this model; it grows."""
@@ -256,7 +240,7 @@ class Engine:
         generators: list[torch.Generator],
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Columns of (ids, forced) from the first logits [B, V] on; stopped rows leave the batch when half of it has."""
-        rows = [Row(self) for _ in generators]
+        rows = [_Row(self.tool, self.stop_ids) for _ in generators]
         batch = list(range(len(rows)))  # which row is at each place of the batch
         for left in range(max_tokens - 1, -1, -1):
             sampled = sample(logits, temperature, top_k, [generators[row] for row in batch]).tolist()

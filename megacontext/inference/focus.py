@@ -21,8 +21,13 @@ from megacontext.model.router import QUERY_TOKENS
 F64 = npt.NDArray[np.float64]
 
 
-def entry_inputs(model: GPT, tree: Tree, context: WorkingContext, start: int = 0) -> tuple[torch.Tensor, Rotary]:
-    """Inputs [1, L - start, D] and rotary of the entries of a context from number `start` on."""
+def entry_inputs(
+    model: GPT, tree: Tree, context: WorkingContext, start: int = 0, end: int | None = None
+) -> tuple[torch.Tensor, Rotary]:
+    """Inputs [1, L - start, D] and rotary of the entries of a context from number `start` on.
+
+    `end`: the token count that far positions are measured from; the tokens of the context unless given.
+    """
     lod, index = context.lod[start:], context.index[start:]
     raw = lod == 0
     ids, previous = np.zeros(len(lod), np.int64), np.full(len(lod), -1, np.int64)
@@ -42,8 +47,8 @@ def entry_inputs(model: GPT, tree: Tree, context: WorkingContext, start: int = 0
     x = model.embed_entries(given[0], given[1], content[None].to(device), given[2])
     slots = torch.arange(start, start + len(lod), device=device)[None]
     places = [torch.from_numpy(a[start:].copy())[None].to(device) for a in (context.positions, context.sigmas)]
-    end = torch.tensor([context.tokens], device=device)
-    return x, model.entry_rotary(places[0], places[1], slots, end)
+    measured_from = torch.tensor([context.tokens if end is None else end], device=device)
+    return x, model.entry_rotary(places[0], places[1], slots, measured_from)
 
 
 class LensScorer:
@@ -71,6 +76,7 @@ class LensScorer:
         self.focus = focus or model.focus
         self.model, self.tree, self.memory, self.lens = model, tree, model.memory, lens
         self.found: Found | None = None
+        self.scored: list[int] = []  # entries of each context that LensNet looked at
         self.asked = 0.0  # how sure the router is that the newest tokens ask for something, 0 to 1
         self.probability = np.empty(0)
         before = max(0, tree.tokens - tail) // tree.block_size * tree.block_size
@@ -96,6 +102,7 @@ class LensScorer:
             x, rotary = entry_inputs(self.model, self.tree, context)
             lod = torch.from_numpy(context.lod.copy())[None].to(x.device)
             scores = self.memory.scores(x, lod, rotary)[0]
+            self.scored.append(len(context))
             arguments.finite("a score of LensNet", scores)
             score = balanced(scores.cpu().double().numpy(), context)
         if self.found is None or not len(self.found.block):

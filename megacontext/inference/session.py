@@ -19,14 +19,13 @@ import numpy.typing as npt
 import torch
 
 from megacontext import arguments
-from megacontext.context.allocator import FocusAllocator
 from megacontext.context.focus_report import FocusReport
 from megacontext.context.working_context import WorkingContext
 from megacontext.errors import DamagedError, UserError
 from megacontext.inference import session_state
-from megacontext.inference.entry_cache import EntryCache
-from megacontext.inference.focus import score_function
+from megacontext.inference.entry_cache import CachedEntries, EntryCache, NextInput
 from megacontext.inference.sampling import check_sampling, check_seed, row_generators, sample
+from megacontext.inference.session_focus import SessionFocus
 from megacontext.inference.session_folder import (
     check_model,
     folder_of,
@@ -36,7 +35,8 @@ from megacontext.inference.session_folder import (
     open_tree,
     stored_state,
 )
-from megacontext.inference.session_options import resolve_options
+from megacontext.inference.session_host import SessionHost
+from megacontext.inference.session_options import SessionOptions, resolve_options
 from megacontext.inference.session_state import APPENDED, GENERATED, SessionState
 from megacontext.inference.session_stats import SessionStats
 from megacontext.telemetry import otel
@@ -73,8 +73,11 @@ class Session:
     `read_only`: look at a stored session. Nothing on the disk changes, and of a damaged session what is intact is shown.
     `salvage`: go on from what is intact of a damaged session. What it cuts or replaces is kept in files named
     `*.damaged-<n>`. Damage that costs no ids, of gists or checksums, is mended without it. `verify` checks everything.
-    `on_refocus(report, context)` is called after every refocus. Other options: `SessionOptions`; those of a stored
-    session are its own and need not be repeated.
+    `on_refocus(report, context)` is called after every refocus. `host`: what the sessions of one model share, for many
+    sessions of one model. Other options: `SessionOptions`; those of a stored session are its own and need not be repeated.
+
+    `generate` computes in a cache of the session's own. An engine that decodes many sessions together drives each of them
+    by `next_input`, `accept` and `park`, and gets the tokens that `generate` gives.
 
     Entries are numbered positions for the model (`positional_type` slot), which its tables hold at any budget; a budget
     above the length it was trained at is allowed, and said in the log.
@@ -91,6 +94,7 @@ class Session:
         budget: int | None = None,
         path: str | os.PathLike[str] | None = None,
         *,
+        host: SessionHost | None = None,
         on_refocus: OnRefocus | None = None,
         durable: bool = False,
         replace_gists: bool = False,
@@ -98,7 +102,11 @@ class Session:
         salvage: bool = False,
         **options: Any,
     ) -> None:
-        arguments.same_vocabulary(model, tokenizer)
+        host = SessionHost(model, tokenizer) if host is None else host
+        if not isinstance(host, SessionHost) or host.model is not model or host.tokenizer is not tokenizer:
+            raise UserError(
+                "host is not of this model and this tokenizer; make it by mc.SessionHost(model, tokenizer)."
+            )
         durable, replace_gists = arguments.truth("durable", durable), arguments.truth("replace_gists", replace_gists)
         read_only, salvage = arguments.truth("read_only", read_only), arguments.truth("salvage", salvage)
         path = None if path is None else arguments.path("path", path)
@@ -106,35 +114,44 @@ class Session:
             raise UserError("read_only and salvage open a stored session; give its path and one of the two.")
         if on_refocus is not None and not callable(on_refocus):
             raise UserError(f"on_refocus is {on_refocus!r}; it must be a function of a report and a context.")
-        self.model, self.tokenizer, self.on_refocus = model, tokenizer, on_refocus
+        self.model, self.tokenizer, self.host, self.on_refocus = model, tokenizer, host, on_refocus
         self.stats = SessionStats()
         self._folder: Path | None = None if path is None else folder_of(path)
         self._read_only, self._salvage = read_only, salvage
-        self._stop = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos_id))
         options["budget"] = budget
         stored = None if self._folder is None else stored_state(self._folder, model, options, read_only, salvage)
-        self.options = resolve_options(model, options, stored.options if stored else None, str(path))
-        self.context = WorkingContext.all_raw(0, self.options.block_size)
-        self._allocator = FocusAllocator(self.options)
-        self._since = self._refocused_at = 0
-        self._stale, self._following = False, APPENDED
-        self._dirty = True  # the focus is not what is stored, with what the tree has beyond it
+        self._focus = SessionFocus.new(resolve_options(model, options, stored.options if stored else None, str(path)))
+        self._dirty = True  # session.json is out of date
         self._closed = False
-        self._digest = "" if self._folder is None else session_state.model_digest(model)
         if salvage and self._folder is not None and not replace_gists:
-            check_model(self._folder, stored, self._digest)  # before anything is cut
+            check_model(self._folder, stored, host.digest)  # before anything is cut
         how = {"durable": durable, "replace_gists": replace_gists, "read_only": read_only, "salvage": salvage}
-        self.tree = open_tree(model, self.options, self._folder, **how)
+        self.tree = open_tree(host, self.options, self._folder, **how)
         try:
             if self._folder is not None:
                 self._reopen(self._folder, stored, replace_gists)
         except BaseException:
             self.tree.close()
             raise
-        self._cache = EntryCache(model, self.tree, self.options.budget)
+        self._cache, self._cached = (
+            EntryCache(model, self.tree, self.options.budget),
+            CachedEntries(model, self.tree.block_size),
+        )
+        self._input: NextInput | None = None
+        self._began = 0.0  # when the next input was asked for
         if self.options.budget > model.config.sequence_len:
             text = "a budget of %d entries is beyond the %d that the model was trained with: expect worse predictions"
             _log.warning(text, self.options.budget, model.config.sequence_len)
+
+    @property
+    def options(self) -> SessionOptions:
+        """What the session was told, and the defaults of the rest."""
+        return self._focus.options
+
+    @property
+    def context(self) -> WorkingContext:
+        """What the model attends to."""
+        return self._focus.context
 
     @property
     def tokens(self) -> int:
@@ -175,12 +192,10 @@ class Session:
         Room for the next `refocus_interval` tokens is made as far as the budget allows.
         """
         self._ready()
-        headroom = self.options.headroom(self.tokens)
-        score, _ = score_function(self.model, self.tree, self.context, self.options, headroom)
         with otel.span("session_refocus", tokens=self.tokens) as span:
-            self.context, report = self._allocator.refocus(self.context, score, headroom)
+            report, _ = self._focus.refocus(self.model, self.tree)
             span.set(entries=report.entries, edits=report.edits)
-        self._since, self._refocused_at, self._stale, self._dirty = 0, self.tokens, False, True
+        self._dirty = True
         if not self._read_only:
             self._announce(GENERATED)
         self.stats.add_refocus(report)
@@ -207,7 +222,7 @@ class Session:
         check_sampling(temperature, top_k)
         check_seed(seed)
         max_tokens = arguments.whole_number("max_tokens", max_tokens, 0)
-        ends = self._stop
+        ends = self.host.stop_ids
         if stop is not None:
             ids = arguments.items("stop", stop, "token ids; () never stops")
             ends = frozenset(arguments.token_ids("stop", ids, self.model.config.vocab_size).tolist())
@@ -232,7 +247,7 @@ class Session:
         try:
             self._ready()
             if self._dirty and not self._read_only:
-                self._announce(self._following)
+                self._announce(self._focus.following)
         finally:
             self._closed = True
             self.tree.close()
@@ -250,41 +265,80 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Generating
+    # One token: what to compute, and what was chosen
+
+    @property
+    def refocus_due(self) -> bool:
+        """Whether `next_input` refocuses: after an append, every `refocus_interval` tokens, and when the budget is full."""
+        self._ready()
+        return self._focus.refocus_due
+
+    def next_input(self) -> NextInput:
+        """What has to be computed for the next token: a context, and the number of its first entry that is not cached.
+
+        Refocuses if that is due; an empty history begins with BOS. The driver computes these entries (`entry_inputs`)
+        behind the ones that its cache holds of this session, samples from the logits of the last, and calls `accept`.
+        Called again before that, it says the same. Raises UserError for a closed session, and when the budget cannot
+        hold another token.
+        """
+        self._began = time.perf_counter()
+        self._ready()
+        if not self.tokens:
+            self.append([self.tokenizer.bos_id])
+        self.options.check_room(self.tokens + 1)
+        if self._focus.refocus_due:
+            self.refocus()
+        self._input = self._cached.next_input(self.context, self._focus.refocused_at)
+        return self._input
+
+    def accept(self, token: int) -> None:
+        """Add the token that was chosen after `next_input`. When this returns it is part of the history, on the disk too.
+
+        Raises UserError unless `next_input` was called since the last append, refocus or token; DataError for an id
+        outside the vocabulary; StorageError when the disk is full: the token was not added, and the call may be repeated.
+        """
+        self._ready()
+        given = self._input
+        if given is None or given.context is not self.context:
+            raise UserError(
+                "accept needs a token that follows the newest next_input; call next_input and compute it first."
+            )
+        self._computed(given)
+        self._announce(GENERATED)
+        try:
+            self.tree.append([token])
+        finally:
+            self._follow()
+        self.stats.add_token(len(given.context), self.options.budget, 1e3 * (time.perf_counter() - self._began))
+
+    def park(self) -> None:
+        """Drop the KV cache, the session's own and the driver's. The next token computes at most `budget` entries for it."""
+        self._cache.release()
+        self._cached.forget()
+        self._input = None
+
+    def _computed(self, given: NextInput) -> None:
+        """The entries of an input are in the cache."""
+        self._cached.add(given)
+        self.stats.entries_computed, self.stats.entries_recomputed = self._cached.computed, self._cached.recomputed
 
     def _generate(
         self, max_tokens: int, temperature: float, top_k: int | None, seed: int, stop: frozenset[int]
     ) -> Generator[int, None, None]:
         draws = row_generators(seed, 1)
         for _ in range(max_tokens):
-            began = time.perf_counter()
-            self._ready()
-            logits = self._logits()
+            if len(self._cache) != len(self._cached):
+                self.park()  # an engine computed what is said to be cached
+            given = self.next_input()
+            logits = self._cache.logits(given)
+            self._computed(given)
             token = int(sample(logits[None], temperature, top_k, draws))
-            entries = len(self.context)
-            self._announce(GENERATED)
-            try:
-                self.tree.append([token])
-            finally:
-                self._follow()
-            self.stats.add_token(entries, self.options.budget, 1e3 * (time.perf_counter() - began))
+            self.accept(token)
             yield token
             if token in stop:
                 return
 
-    def _logits(self) -> torch.Tensor:
-        """Logits [V] of the next token, after the refocus that is due."""
-        options = self.options
-        if not self.tokens:
-            self.append([self.tokenizer.bos_id])
-        options.check_room(self.tokens + 1)
-        if self._stale or self._since >= options.refocus_interval or len(self.context) >= options.budget:
-            self.refocus()
-        logits = self._cache.logits(self.context, self._refocused_at)
-        self.stats.entries_computed, self.stats.entries_recomputed = self._cache.computed, self._cache.recomputed
-        return logits
-
-    # What the tree has decides; what is on disk can always be derived again
+    # The tree is the source of truth; session.json is replayed against it
 
     def _ready(self) -> None:
         """Before every operation: the session is open, and has caught up with its tree if it was interrupted."""
@@ -294,34 +348,19 @@ class Session:
 
     def _follow(self) -> None:
         """Take the tokens that the tree has beyond the working context into it, by how they came."""
-        new = self.tree.tokens - self.context.tokens
-        if new and (self._following == APPENDED or len(self.context) + new > self.options.budget):
-            self.context = self._allocator.extend(self.context, new)
-            self._stale = self._dirty = True
-        elif new:
-            self.context = self.context.append(new)
-            self._since += new
+        if self._focus.follow(self.tree.tokens):
+            self._dirty = True
 
     def _announce(self, following: str) -> None:
-        """Store, before the tree takes tokens, the focus that they follow and how they come. Raises UserError for a reader."""
+        """Write-ahead: store the focus, and how the next tokens come (APPENDED or GENERATED), before the tree takes them.
+
+        Raises UserError for a reader.
+        """
         if self._read_only:
             raise UserError("the session was opened with read_only=True; open it without to append or generate.")
-        if (self._dirty or following != self._following) and self._folder is not None:
-            self._state(following).save(self._folder)
-        self._dirty, self._following = False, following
-
-    def _state(self, following: str) -> SessionState:
-        return SessionState(
-            options=self.options.stored(),
-            model_digest=self._digest,
-            tokens=self.tokens,
-            lods=session_state.lod_runs(self.context),
-            since_refocus=self._since,
-            refocused_at=self._refocused_at,
-            stale=self._stale,
-            following=following,
-            allocator=self._allocator.state(),
-        )
+        if (self._dirty or following != self._focus.following) and self._folder is not None:
+            self._focus.stored(self.host.digest, following).save(self._folder)
+        self._dirty, self._focus.following = False, following
 
     # Opening
 
@@ -332,17 +371,16 @@ class Session:
             session_state.remove_leftovers(folder)
             stored = load_state(folder, tolerant=salvage)
         if not replace_gists:
-            check_model(folder, stored, self._digest)
+            check_model(folder, stored, self.host.digest)
         if stored is not None and stored.tokens and not held and not (salvage or self._read_only):
             raise DamagedError(missing(folder, stored, "the tree holds no tokens"))
         if stored is not None and stored.tokens <= held:
-            self.context = stored.take_up(folder, self._allocator, self.tree.block_size)
-            self._since, self._refocused_at, self._stale = stored.since_refocus, stored.refocused_at, stored.stale
-            self._dirty, self._following = stored.model_digest != self._digest, stored.following
+            self._focus = SessionFocus.restored(stored, self.options, folder)
+            self._dirty = stored.model_digest != self.host.digest
         elif held or salvage:  # the state was lost, or a power cut took ids that it counts with
             kept = "" if self._read_only else keep_aside(folder)
             text = "the session at %s keeps its %d tokens; its stored focus is lost and starts anew%s"
             _log.warning(text, folder, held, kept)
         self._follow()
         if self._dirty and not self._read_only:
-            self._announce(self._following)
+            self._announce(self._focus.following)

@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megacontext import storage
 from megacontext.context.disk_files import HEADER, Header
-from megacontext.context.gist_function import GistFunction, MeanGist
 from megacontext.context.recovery import copy_aside
 from megacontext.context.store_disk import DiskStore
 from megacontext.context.tree import Tree, tree_spec
 from megacontext.errors import DamagedError, DataError, StorageError, UserError
-from megacontext.inference.session_state import FILE, TREE, SessionState, weights_digest
-from megacontext.model.norm import rms_norm
+from megacontext.inference.session_state import FILE, TREE, SessionState
 
 if TYPE_CHECKING:
+    from megacontext.inference.session_host import SessionHost
     from megacontext.inference.session_options import SessionOptions
     from megacontext.model.gpt import GPT
 
@@ -112,7 +109,7 @@ def check_model(folder: Path, stored: SessionState | None, digest: str) -> None:
 
 
 def open_tree(
-    model: GPT,
+    host: SessionHost,
     options: SessionOptions,
     folder: Path | None,
     *,
@@ -122,7 +119,7 @@ def open_tree(
     salvage: bool = False,
 ) -> Tree:
     """The tree of a session, in memory without a folder. Raises as `Tree.open` does; messages name the session's options."""
-    gist = session_gist(model, options.block_size)
+    model, gist = host.model, host.gist(options.block_size)
     on_cpu = model.memory is not None and model.device.type == "cpu"
     batch = _CPU_NETWORK_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
     vocabulary, levels = model.config.vocab_size, options.max_lod
@@ -138,16 +135,6 @@ def open_tree(
         read_option="read_only=True",
     )
     return Tree(gist, store, max_lod=levels, batch_tokens=batch)
-
-
-def session_gist(model: GPT, block_size: int) -> GistFunction:
-    """The model's memory, or means of its normed token embeddings for a model without one."""
-    if model.memory is not None:
-        return model.memory
-    with torch.no_grad():
-        weight = cast(torch.nn.Embedding, model.transformer["wte"]).weight
-        digest = weights_digest("mean of embeddings", [("wte", weight)])
-        return MeanGist(rms_norm(weight.detach().float()), block_size, model.config.n_embd, digest)
 
 
 def keep_aside(folder: Path) -> str:

@@ -90,6 +90,14 @@ class SessionOptions(AllocatorConfig):
             )
 
 
+def options_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Focus settings by name of the flag as options of a session, by the session's names."""
+    names = {setting: name for name, setting in OPTIONS.items()}
+    names |= {"mc_eval_soft_max_length": "budget", "allocator_recent_tokens": "recent_tokens"}
+    options = {names[flag]: value for flag, value in flags.items()}
+    return {**options, "budget": options.get("budget") or None}  # 0 is the model's sequence length
+
+
 def resolve_options(
     model: GPT, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, path: str = ""
 ) -> SessionOptions:

@@ -25,7 +25,6 @@ from megacontext.errors import DamagedError, DataError, StorageError
 from megacontext.inference.session_options import SessionOptions
 
 if TYPE_CHECKING:
-    from megacontext.context.allocator import FocusAllocator
     from megacontext.model.gpt import GPT
 
 FILE = "session.json"
@@ -68,15 +67,6 @@ class SessionState:
             raise DataError(f"the stored working context is no tiling: {error}") from error
         if context.tokens != self.tokens:
             raise DataError(f"the stored working context covers {context.tokens} tokens, not {self.tokens}.")
-        return context
-
-    def take_up(self, folder: Path, allocator: FocusAllocator, block_size: int) -> WorkingContext:
-        """The working context, with the allocator's state restored. Raises DamagedError when the two cannot be."""
-        try:
-            context = self.context(block_size)
-            allocator.restore(self.allocator, block_size)
-        except (DataError, InvariantError, OverflowError, MemoryError) as error:
-            raise DamagedError(damaged(folder, str(error) or type(error).__name__)) from error
         return context
 
     def save(self, folder: Path) -> None:

@@ -21,9 +21,10 @@ from megacontext import storage
 from megacontext.config import GPTConfig
 from megacontext.errors import CheckpointError, UserError
 from megacontext.model.gpt import GPT
+from megacontext.stages import BY_CHECKPOINT, NEWEST_FIRST
 
 # Later stages first: the newest of these is what a base directory is asked for.
-KINDS = ("chatrl_checkpoints", "chatsft_checkpoints", "mid_checkpoints", "base_checkpoints")
+KINDS = tuple(f"{BY_CHECKPOINT[name].nanochat}_checkpoints" for name in NEWEST_FIRST)
 _MODEL_FILE = re.compile(r"model_(\d{6,})\.pt$")
 _COMPILED_PREFIX = "_orig_mod."
 
