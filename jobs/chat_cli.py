@@ -144,13 +144,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of sampling [default 42]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run [default auto]")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="compute dtype [default auto]")
-    cli.add_section(parser, FocusConfig, note="default: the checkpoint's, or that of the stored session")
+    budget = {"mc_eval_soft_max_length": ("--budget",)}  # as the evaluations call it
+    cli.add_section(parser, FocusConfig, budget, note="default: the checkpoint's, or that of the stored session")
     return parser.parse_args(argv)
 
 
 def start(args: argparse.Namespace) -> Conversation:
     """Load the model, say what it is, and open the conversation."""
     check_sampling(args.temperature, args.top_k or None)
+    if "/" in args.session or args.session.startswith("."):
+        raise UserError(
+            f"--session is {args.session!r}; it must be the name of a folder, without '/' and not beginning with '.'."
+        )
     path = args.checkpoint
     if not path:
         given = {name: getattr(args, name) for name in ("run", "base_dir", "storage") if getattr(args, name)}
@@ -171,10 +176,6 @@ def start(args: argparse.Namespace) -> Conversation:
             )
         return Conversation(lambda: Engine(model, tokenizer), None, args, chat)
     name = args.session or (NONE if args.prompt else DEFAULT)
-    if "/" in name or name.startswith("."):
-        raise UserError(
-            f"--session is {name!r}; it must be the name of a folder, without '/' and not beginning with '.'."
-        )
     folder = (
         None
         if name == NONE

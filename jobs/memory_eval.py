@@ -33,10 +33,11 @@ from megacontext.eval.methods import FULL_TOKENS, METHODS, choose_methods
 from megacontext.eval.windows import Windows, read_long_documents, sample_windows
 from megacontext.inference.session_options import resolve_options
 from megacontext.model.gpt import GPT
+from megacontext.stages import MEMORY_EVAL
 from megacontext.telemetry import otel, provenance, report
 from megacontext.telemetry.focus_log import FocusLog
 
-STAGE = "memory_eval"
+STAGE = MEMORY_EVAL.name
 _TIMELINE_REFOCUSES = 48
 
 

@@ -220,7 +220,7 @@ def _publish(manifest: Manifest, folder: str) -> None:
 
 def _with_progress(done: Iterator[tuple[Job, Receipt]], total: int) -> Iterator[tuple[Job, Receipt]]:
     """Pass results through; a bar of files on a terminal, a line a file in a log."""
-    with tqdm(total=total, desc="prepare_data", unit=" files", disable=None) as bar:
+    with tqdm(total=total, desc=PREPARE_DATA.name, unit=" files", disable=None) as bar:
         for count, (job, receipt) in enumerate(done, start=1):
             bar.update()
             line = (

@@ -33,9 +33,10 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.errors import DataError, UserError
 from megacontext.eval.methods import METHODS, choose_methods
 from megacontext.eval.recall import Answer, evaluate_recall, summarize
+from megacontext.stages import RECALL_EVAL
 from megacontext.telemetry import provenance, report
 
-STAGE = "recall_eval"
+STAGE = RECALL_EVAL.name
 HISTORY_BUDGETS = 16  # default length of a history, in budgets
 _HAYSTACK_HISTORIES = 4  # text read for a haystack, in histories: items begin at different places of it
 _HAYSTACK_TOKENS = 1 << 16  # at least, so that short histories are not pieces of one page

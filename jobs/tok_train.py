@@ -178,7 +178,7 @@ def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
 def counted(texts: Iterable[str], counts: dict[str, int], max_chars: int, line_every_s: float = 30.0) -> Iterator[str]:
     """Pass texts through, counting them; a bar on a terminal, a line now and then in a log."""
     last = time.monotonic()
-    with tqdm(desc="tok_train", unit=" chars", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=TOK_TRAIN.name, unit=" chars", unit_scale=True, disable=None) as bar:
         for text in texts:
             counts["documents"] += 1
             counts["chars"] += len(text)

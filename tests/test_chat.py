@@ -90,7 +90,23 @@ def test_turns_are_rendered_as_in_training(kind: str, script: Callable[[list[int
     assert "".join(chat.reply("and")) == ""
     expected = TOKENIZER.render_for_completion({"messages": messages})
     assert history(chat)[: len(expected)] == expected
-    assert history(chat)[len(expected) :] == ([] if kind == "engine" else [END])
+    assert history(chat)[len(expected) :] == [END]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_session_that_has_room_for_all_holds_what_the_engine_holds(template: bool) -> None:
+    """The answers are greedy, so one id that differs in a history would change what follows."""
+    model = make_model(False, seq=512)
+    session = mc.Session(model, TOKENIZER, budget=400, recent_tokens=350, block_size=4)
+    chats = [
+        Chat(one, template=template, max_tokens=40, temperature=0.0) for one in (Engine(model, TOKENIZER), session)
+    ]
+    for text in ("the cat", " sat on", "12 + 30", " the mat", "makes"):
+        first, second = ("".join(chat.reply(text)) for chat in chats)
+        assert first == second
+    assert history(chats[0]) == history(chats[1])
+    assert not any(lod for lod, _ in session.entries)
+    assert session.host.stop_ids & set(history(chats[0])[1:])  # an answer has ended by itself
 
 
 @KINDS
@@ -310,12 +326,12 @@ def test_focus_flags_change_the_session_and_contradict_no_stored_one(
     talk([TURNS[0]], "--run", "base", "--session", "wide", *FOCUS)
     with pytest.raises(SystemExit, match="made with budget 40, but 48 is asked for"):
         talk([TURNS[1]], "--run", "base", "--session", "wide", "--mc_eval_soft_max_length", "48")
-    talk([TURNS[1]], "--run", "base", "--session", "wide", "--mc_eval_soft_max_length", "40")
+    talk([TURNS[1]], "--run", "base", "--session", "wide", "--budget", "40")
     with pytest.raises(SystemExit, match="--allocator_expand_threshold"):
         talk([TURNS[1]], "--run", "base", "--session", "new", "--allocator_expand_threshold", "3")
     for name in ("a/b", "..", "/tmp/x"):
         with pytest.raises(SystemExit, match="it must be the name of a folder"):
-            talk([], "--run", "base", "--session", name)
+            talk([], "--run", "not even looked for", "--session", name)
 
 
 def test_a_model_without_a_memory_has_a_session_when_it_is_asked_for(

@@ -134,7 +134,7 @@ class _Talk(Protocol):
         """Add ids to the history."""
 
     def say(self, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[int]:
-        """The ids of an answer, without the one that stopped it. Each is in the history when it is yielded."""
+        """The ids of an answer, each in the history when it is yielded. The id that stops it is in the history alone."""
 
     def newest_of(self, ids: tuple[int, ...]) -> int | None:
         """The one of these ids that is the newest in the history; None without any."""
@@ -155,8 +155,8 @@ class _EngineTalk:
 
     def say(self, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[int]:
         for (token,), _ in self.engine.generate(self.ids, 1, max_tokens, temperature, top_k, seed, cache=self.cache):
+            self.ids.append(token)
             if token not in self.engine.stop_ids:
-                self.ids.append(token)
                 yield token
 
     def newest_of(self, ids: tuple[int, ...]) -> int | None:
