@@ -159,7 +159,7 @@ def start(args: argparse.Namespace) -> Conversation:
     path = args.checkpoint
     if not path:
         given = {name: getattr(args, name) for name in ("run", "base_dir", "storage") if getattr(args, name)}
-        path = cli.paths(cli.resolve(given | {"tier": "cpu"})).run_dir  # any tier: it does not change the folder
+        path = cli.run_folder(given)
         if not list_checkpoints(storage.join(path, "checkpoints")):
             raise CheckpointError(f"run {path} has no checkpoint; train it first, or give --checkpoint PATH.")
     path, chat = locate(path)

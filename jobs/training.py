@@ -22,6 +22,7 @@ from megacontext.errors import CheckpointError
 from megacontext.stages import Stage
 from megacontext.telemetry import provenance
 from megacontext.train.recipe import Recipe
+from megacontext.train.resume import checkpoints_dir
 from megacontext.train.setup import check_horizon, known_horizon
 from megacontext.train.task import TrainTask
 
@@ -80,7 +81,7 @@ def ready(task: TrainTask) -> None:
     """Raises DataError when there are no shards, CheckpointError when the newest checkpoint has other settings."""
     for directory in filter(None, (task.train_tokens_dir, task.val_tokens_dir)):
         ShardSet.open(directory)
-    for path in list_checkpoints(f"{task.run_dir}/checkpoints", task.stage)[-1:]:
+    for path in list_checkpoints(checkpoints_dir(task), task.stage)[-1:]:
         try:
             meta = read_meta(path)
             identity, steps = meta["identity"], meta["num_iterations"]

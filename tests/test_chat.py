@@ -306,6 +306,16 @@ def test_a_memory_keeps_the_conversation_unless_told_otherwise(folder: Path, tal
     assert len(read(folder, "base", "default")[0]) < len(known)
 
 
+def test_a_run_of_any_tier_is_talked_to(folder: Path, talk: Callable[..., list[str]]) -> None:
+    """Talking reads no setting of the run, so a machine without a GPU talks to a model that was trained on one."""
+    known = folder / "base" / "config.yaml"
+    known.write_text("stages: [base_train]\nrun: {tier: h100}\n")
+    try:
+        assert talk([TURNS[0]], "--run", "base", "--session", "none")
+    finally:
+        known.unlink()
+
+
 def test_a_model_trained_further_goes_on_with_the_conversation(folder: Path, talk: Callable[..., list[str]]) -> None:
     train_here(make_mc_task(folder, "longer", num_iterations=4))
     newest = folder / "longer" / "checkpoints" / "megacontext_base_000004"

@@ -139,9 +139,7 @@ def resolve(given: Mapping[str, Any], stage: str = "") -> Args:
     """All settings of a job: what the user gave, over the settings of the run, over the tier's, over the defaults.
 
     `stage` names the stage of training that the job is, if it is one: its own earlier settings go before the run's.
-
-    What `--mc` implies counts as the tier's.
-    With `--init_from` the shape is that of the model taken over. Raises UserError for impossible values and for ones that
+    What `--mc` implies counts as the tier's. With `--init_from` the shape is that of the model taken over. Raises UserError for impossible values and for ones that
     contradict that model, and when `config.yaml` of the run is damaged.
     """
     where = absolute_paths(given)
@@ -164,6 +162,12 @@ def resolve(given: Mapping[str, Any], stage: str = "") -> Args:
     plain = {item.name: item.default for section in SECTIONS.values() for item in fields(section)} | preset_values
     taken = {name: value for name, value in inherited.items() if name not in given and value != plain[name]}
     return Args(**sections, given=frozenset(given), inherited=taken)
+
+
+def run_folder(given: Mapping[str, Any]) -> str:
+    """The folder of the run that settings name; no setting of the run is read. Raises UserError for an impossible name."""
+    run = from_flat(RunConfig, absolute_paths(given))
+    return storage.join(run.storage, run.run)
 
 
 def absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,10 +225,8 @@ def print_config(args: Args, sections: Sequence[type[Any]]) -> None:
     """Print the resolved settings of a job, one line a section."""
     for name, section in SECTIONS.items():
         if section in sections:
-            print(
-                f"{name}: " + " ".join(f"{key}={value}" for key, value in asdict(getattr(args, name)).items()),
-                flush=True,
-            )
+            own = ((item.name, getattr(getattr(args, name), item.name)) for item in own_fields(section))
+            print(f"{name}: " + " ".join(f"{key}={value}" for key, value in own), flush=True)
     if args.inherited:
         taken = " ".join(f"{name}={value}" for name, value in sorted(args.inherited.items()))
         print(f"from config.yaml of the run: {taken}", flush=True)
