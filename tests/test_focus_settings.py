@@ -29,7 +29,9 @@ def run(tmp_path: Path) -> Path:
 def entries_of_a_session(run: Path, focus: dict[str, Any], **options: Any) -> list[tuple[int, int]]:
     model, tokenizer = mc.load(run, focus=focus)
     with mc.Session(model, tokenizer, **{"budget": BUDGET, "recent_tokens": TAIL, **options}) as session:
-        session.append(np.random.default_rng(0).integers(0, 280, 500))
+        ids = np.random.default_rng(0).integers(0, 280, 500)
+        session.append(ids[:470])
+        session.append(ids[470:])
         session.refocus()
         return session.entries
 
@@ -37,7 +39,9 @@ def entries_of_a_session(run: Path, focus: dict[str, Any], **options: Any) -> li
 def entries_of_ours(run: Path, focus: dict[str, Any]) -> list[tuple[int, int]]:
     model, _ = mc.load(run, focus=focus)
     ids = np.random.default_rng(0).integers(0, 280, 500)
-    return layout("ours", Prompt(History(model, ids[:470]), ids[470:]), BUDGET, TAIL).context.entries
+    history = History(model, ids[:470])
+    layout("ours", Prompt(history, ids[:9]), BUDGET, TAIL)  # another question about the history leaves nothing behind
+    return layout("ours", Prompt(history, ids[470:]), BUDGET, TAIL).context.entries
 
 
 def test_what_is_measured_is_what_a_session_does(run: Path) -> None:

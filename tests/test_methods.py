@@ -253,7 +253,7 @@ def test_what_a_model_cannot_do_is_refused() -> None:
     prompt = prompt_of(MODEL, 1000, 2)
     with pytest.raises(UserError, match="a raw tail of 9 tokens in a budget of 9"):
         layout("window", prompt, 9, 9)
-    with pytest.raises(UserError, match="a budget of 12 entries cannot hold a history of 1002 tokens"):
+    with pytest.raises(UserError, match="a budget of 12 entries cannot hold a history of 1000 tokens"):
         layout("ours", prompt, 12, 9)
     with pytest.raises(UserError, match="oracle needs to be told"):
         layout("oracle", prompt, 60, 9)

@@ -6,6 +6,7 @@ to choose is counted beside what they cost to read. `eval/continuation.py` score
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from megacontext.eval.bm25 import best_blocks, bm25_scores
 from megacontext.inference.search import scan
 from megacontext.inference.session_focus import SessionFocus
 from megacontext.inference.session_host import EmbeddingMeans
-from megacontext.inference.session_options import resolve_options
+from megacontext.inference.session_options import SessionOptions, resolve_options
 from megacontext.model.flops import lens_flops, routing_key_flops
 from megacontext.model.gpt import GPT
 from megacontext.model.norm import rms_norm
@@ -66,6 +67,7 @@ class History:
         self.block_size = block_size if model.memory is None else model.memory.block_size
         self.build_seconds: dict[str, float] = {}
         self._trees: dict[str, Tree] = {}
+        self._focus: dict[SessionOptions, SessionFocus] = {}
         if len(self.ids) < self.block_size:
             raise UserError(
                 f"a history of {len(self.ids)} tokens is shorter than a block of {self.block_size}; make it longer."
@@ -83,6 +85,13 @@ class History:
             self.build_seconds[gists] = time.perf_counter() - began
             self._trees[gists] = tree
         return self._trees[gists]
+
+    def focus(self, options: SessionOptions) -> SessionFocus:
+        """The focus of a session that has taken in the history, not yet refocused; a copy of its own for each caller."""
+        if options not in self._focus:
+            self._focus[options] = SessionFocus.new(options)
+            self._focus[options].follow(len(self.ids))
+        return copy.deepcopy(self._focus[options])
 
 
 class Prompt:
@@ -192,7 +201,9 @@ def layout(method: str, prompt: Prompt, budget: int, tail: int, seed: int = 0) -
     choose_methods(prompt.model, [method], prompt.tokens)
     if not 0 < tail < budget:
         raise UserError(f"a raw tail of {tail} tokens in a budget of {budget} entries; use 1 to {budget - 1}.")
-    prompt.tree(prompt.gists)  # not part of what choosing costs
+    prompt.tree(prompt.gists)  # not part of what choosing costs, nor is what a session does before the question comes
+    if method == "ours":
+        prompt.history.focus(_session_options(prompt, budget, tail))
     began = time.perf_counter()
     choice = METHODS[method](prompt, budget, tail, np.random.default_rng(seed))
     seconds = time.perf_counter() - began
@@ -272,7 +283,7 @@ def _ours(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _
     """What a session does when a question arrives, done by the session's own focus: it takes the text in, and refocuses."""
     model, memory = prompt.model, prompt.model.memory
     assert memory is not None
-    focus = SessionFocus.new(resolve_options(model, {"budget": budget, "recent_tokens": tail}))
+    focus = prompt.history.focus(_session_options(prompt, budget, tail))
     focus.follow(prompt.tokens)
     _, scorer = focus.refocus(model, prompt.tree(_LEARNED), prompt.headroom)
     spent = 0.0 if scorer is None else sum(lens_flops(model.config, memory.config, n) for n in scorer.scored)
@@ -280,6 +291,10 @@ def _ours(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _
         spent += routing_key_flops(model.config, memory.config, QUERY_TOKENS)
         spent += scorer.found.visits * prompt.block_size * _match_flops(memory.config)
     return _Choice(focus.context, _LEARNED, spent)
+
+
+def _session_options(prompt: Prompt, budget: int, tail: int) -> SessionOptions:
+    return resolve_options(prompt.model, {"budget": budget, "recent_tokens": tail})
 
 
 def _oracle(prompt: Prompt, budget: int, tail: int, rng: np.random.Generator) -> _Choice:
